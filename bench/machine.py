@@ -1,0 +1,120 @@
+"""The machine of a result: its processor, its caches, its peak rates, and the versions in use."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastcompat as fc
+
+PACKAGES = {"fastcompat": "fastcompat", "torch": "torch", "numpy": "numpy", "faiss": "faiss-cpu"}
+INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+BURST_S = 0.1  # length of one peak measurement; the best of several counts
+
+
+def describe() -> dict[str, Any]:
+    """Return what a reader needs to judge a timing."""
+    build = fc.build_info()
+    cpu = _cpuinfo()
+    flags = cpu.get("flags", "").split()
+    return {
+        "cpu": cpu.get("model name", platform.processor()),
+        "cpu_model": " ".join(cpu.get(key, "?") for key in ("cpu family", "model", "stepping")),
+        "cores": torch.multiprocessing.cpu_count(),
+        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
+        "cache": _caches(),
+        "build": {key: str(value) for key, value in build.items()},
+        "versions": {
+            **{name: _version(package) for name, package in PACKAGES.items()},
+            "python": platform.python_version(),
+            "compiler": str(build["compiler"]),
+        },
+    }
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """Return the best rates seen in GF/s: multiply-adds in registers, and torch's own matrix product."""
+    torch.set_num_threads(threads)
+    library = _peak_library()
+    rates = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(2048, 2048).to(dtype)
+        rates[f"{name} torch.mm"] = _best(partial(_product, a))
+        if library:
+            rates[name] = _best(partial(_on_threads, getattr(library, f"{name}_peak"), threads))
+    return rates
+
+
+def _product(a: torch.Tensor) -> float:
+    torch.mm(a, a)
+    return 2.0 * len(a) ** 3
+
+
+def _best(work: Callable[[], float]) -> float:
+    best = 0.0
+    for _ in range(5):
+        start, operations = time.perf_counter(), 0.0
+        while time.perf_counter() - start < BURST_S:
+            operations += work()
+        best = max(best, operations / (time.perf_counter() - start))
+    return best / 1e9
+
+
+def _on_threads(function: Any, threads: int) -> float:
+    def once(_: int) -> float:
+        sink = (ctypes.c_float * 32)(*(0.01 * i for i in range(30)), 0.5, 0.25)
+        return float(function(2_000_000, sink))
+
+    with ThreadPoolExecutor(threads) as pool:  # ctypes releases the GIL
+        return sum(pool.map(once, range(threads)))
+
+
+def _peak_library() -> ctypes.CDLL | None:
+    """Compile `peak.c` for this very processor; without a C compiler torch's matrix product has to serve."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = f"{folder}/peak.so"
+        source = Path(__file__).with_name("peak.c")
+        command = ["cc", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", target]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        library = ctypes.CDLL(target)
+    for function in (library.fp32_peak, library.bf16_peak):
+        function.restype = ctypes.c_double
+        function.argtypes = [ctypes.c_long, ctypes.POINTER(ctypes.c_float)]
+    return library
+
+
+def _cpuinfo() -> dict[str, str]:
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    return {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())
+    }
+
+
+def _caches() -> dict[str, str]:
+    """Return the size of each data cache of the first core, `L1` to `L3`."""
+    caches = {}
+    for entry in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        if (entry / "type").read_text().strip() != "Instruction":
+            caches[f"L{(entry / 'level').read_text().strip()}"] = (entry / "size").read_text().strip()
+    return caches
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

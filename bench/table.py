@@ -1,0 +1,137 @@
+"""Print the tables of a result as markdown: `python bench/table.py bench/results/FILE.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+MIB = 1 << 20
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+TITLES = {
+    "statistics": "statistics only",
+    "frozen": "forward+backward, keys frozen",
+    "both": "forward+backward, both",
+    "overhead": "call overhead, forward+backward",
+    "memory": "`softmax_stats` forward+backward",
+    "topk_ip": "exact top-100, inner product",
+    "topk_cosine": "exact top-100, cosine",
+    "mixed_topk": "mixed gallery top-100",
+    "ranks": "ranks of 10 targets",
+    "backfill_curve": "backfill curve",
+}
+Case = dict[str, Any]
+
+
+def rows(header: Iterable[str], body: Iterable[Iterable[str]]) -> Iterator[str]:
+    """Yield a markdown table."""
+    header = list(header)
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'---|' * len(header)}"
+    for row in body:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def title(case: Case) -> str:
+    """Return what is computed, and at which size."""
+    queries, keys, _ = case["shape"]
+    return f"{SHORT[case['dtype']]} {TITLES[case['kind']]}, {queries:,} x {keys:,}"
+
+
+def machine(info: dict[str, Any]) -> Iterator[str]:
+    """Yield who measured, with what."""
+    versions = ", ".join(f"{name} {number}" for name, number in info["versions"].items())
+    yield f"{info['cpu']} (family/model/stepping {info['cpu_model']}), {info['cores']} cores,"
+    caches = ", ".join(f"{level} {size}" for level, size in info["cache"].items())
+    yield f"caches {caches}, {' '.join(info['instructions'])};"
+    yield f"SIMD in use: {info['build'].get('simd', '?')}. {versions}."
+    for threads, rates in info["peak"].items():
+        peaks = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+        yield f"Peak GF/s, {threads} thread(s): {peaks}."
+    yield ""
+
+
+def ratios(cases: list[Case]) -> Iterator[str]:
+    """Yield the baseline's time over ours, with the target in brackets."""
+    dims = sorted({case["shape"][2] for case in cases})
+    cells: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for case in cases:
+        mine = case["sides"]["ours"]["median"]
+        for name, target in case["targets"].items():
+            ratio = case["sides"][name]["median"] / mine
+            # A target is met at the precision it is stated with.
+            cell = f"**{ratio:.2f}**" if target and round(ratio, 2) >= round(target, 2) else f"{ratio:.2f}"
+            cells[title(case), name][case["shape"][2]] = cell + (f" ({target:.3g})" if target else "")
+    header = ["case", "against", *(f"D={dim}" for dim in dims)]
+    return rows(header, ([*key, *(cell.get(dim, "") for dim in dims)] for key, cell in cells.items()))
+
+
+def floors(cases: list[Case]) -> Iterator[str]:
+    """Yield our times beside the time of the same operations at the measured peak."""
+    body = []
+    for case in cases:
+        seconds, operations = case["sides"]["ours"]["median"], case["operations"]
+        cells = [title(case), str(case["shape"][2]), f"{seconds * 1e3:.4g}"]
+        peak = best_peak(case)
+        if operations and peak:
+            floor = operations / peak / 1e9
+            rate = operations / seconds / 1e9
+            cells += [f"{floor * 1e3:.4g}", f"{seconds / floor:.2f}", f"{rate:.0f}", f"{rate / peak:.0%}"]
+        body.append(cells + [""] * (7 - len(cells)))
+    return rows(["case", "D", "ours ms", "floor ms", "time / floor", "GF/s", "of peak"], body)
+
+
+def best_peak(case: Case) -> float:
+    """Return the peak rate of the case's products: bf16 may also be widened to fp32, whichever is faster."""
+    rates = case["peak"]
+    fp32 = rates.get("fp32") or rates["fp32 torch.mm"]
+    return float(max(fp32, rates.get("bf16", 0.0)) if case["dtype"] == "bfloat16" else fp32)
+
+
+def memory(cases: list[Case]) -> Iterator[str]:
+    """Yield the growth of the peak resident set in the first call, results included."""
+    body = []
+    for case in cases:
+        sides = case["sides"]
+        mine = sides["ours"]["peak_extra"]
+        eager = sides.get("eager", {}).get("peak_extra")
+        body.append(
+            [
+                title(case),
+                str(case["shape"][2]),
+                f"{mine / MIB:.0f}",
+                f"{case['output_bytes'] / MIB:.0f}",
+                f"{eager / MIB:.0f}" if eager else "",
+                f"{mine / eager:.1%}" if eager else "",
+            ]
+        )
+    return rows(["case", "D", "ours MiB", "of which results", "eager MiB", "ours / eager"], body)
+
+
+def main(path: str) -> None:
+    """Print everything a result holds."""
+    with open(path) as file:
+        run = json.load(file)
+    lines = list(machine(run["machine_info"]))
+    everything = [entry["extra_info"] for entry in run["benchmarks"]]
+    counts = sorted({case["threads"] for case in everything})
+    for threads in counts:
+        cases = [case for case in everything if case["threads"] == threads]
+        lines += [f"### Ratios, {threads} thread(s): baseline / ours (target), **bold** = target met", ""]
+        lines += ratios(cases)
+        lines += [f"### Time and floor, {threads} thread(s)", ""]
+        lines += floors(cases)
+    losses = [
+        c for c in everything if c["threads"] == counts[0] and c["kind"] in ("frozen", "both", "memory")
+    ]
+    lines += ["### Peak extra memory of one call", "", *memory(losses)]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(sys.argv[1])

@@ -1,0 +1,86 @@
+"""The benchmark run: every side of a case in its own process, rounds interleaved, medians kept."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from statistics import median
+
+import numpy as np
+import pytest
+from cases import Case
+from pytest_benchmark.fixture import BenchmarkFixture
+from side import Side
+
+ROUNDS = (3, 15)
+CASE_S = {True: 1.0, False: 5.0}  # seconds of rounds per case, quick or not: few rounds where calls are slow
+EAGER_LIMIT = 8 << 30
+EAGER_BYTES_PER_SCORE = 24  # three float copies and a sort's int64 indices
+
+_measured = 0.0
+
+
+def worker_clock() -> float:
+    """Seconds our side has measured for itself, so that talking to its process is not counted."""
+    return _measured
+
+
+def _agree(ours: Side, theirs: Side, tolerance: float) -> None:
+    for i, (a, b) in enumerate(zip(ours.result, theirs.result, strict=True)):
+        if i == 1 and theirs.name == "faiss":  # ids: keys closer than rounding may change places
+            assert (a == b).mean() > 0.999, f"ids differ from {theirs.name}'s"
+            continue
+        size = np.linalg.norm(b) if b.ndim else max(abs(b), 1.0)  # a loss is a difference of logits of size 1
+        difference = np.linalg.norm(a - b) / (size or 1.0)
+        assert difference <= tolerance, f"result {i} differs from {theirs.name}'s by {difference:.1e}"
+
+
+@pytest.mark.benchmark(timer=worker_clock)
+def test_case(
+    case: Case,
+    threads: int,
+    peak: dict[str, float],
+    benchmark: BenchmarkFixture,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Check that all sides of a case agree, then time them in turn."""
+    if case.against:
+        assert case.queries * case.keys * EAGER_BYTES_PER_SCORE < EAGER_LIMIT, "eager side would not fit"
+    with ExitStack() as stack:
+        ours, *others = (stack.enter_context(Side(case, name, threads)) for name in ("ours", *case.against))
+        for side in others:
+            _agree(ours, side, case.tolerance)
+
+        def time_ours() -> None:
+            global _measured
+            _measured += ours.round()
+
+        def time_others() -> None:
+            for side in others:
+                side.round()
+
+        a_round = sum(max(side.first, 0.05) for side in (ours, *others) if not side.slow) or ours.first
+        rounds = int(np.clip(CASE_S[request.config.getoption("quick")] / a_round, *ROUNDS))
+        benchmark.pedantic(time_ours, setup=time_others, rounds=rounds)
+
+    benchmark.group = case.kind
+    benchmark.extra_info.update(
+        kind=case.kind,
+        dtype=str(case.dtype).removeprefix("torch."),
+        shape=[case.queries, case.keys, case.dim],
+        threads=threads,
+        operations=case.operations,
+        peak=peak,
+        targets=case.against,
+        output_bytes=ours.output_bytes,
+        sides={
+            side.name: {
+                "seconds": side.seconds,
+                "median": median(side.seconds),
+                "peak_extra": side.peak_extra,
+            }
+            for side in (ours, *others)
+        },
+    )
+    if case.extra_limit is not None:
+        extra = ours.peak_extra - ours.output_bytes
+        assert extra <= case.extra_limit, f"{extra >> 20} MiB beyond inputs and outputs"

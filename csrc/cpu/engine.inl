@@ -1,0 +1,45 @@
+// Everything an instruction set exports: a file that includes this defines FASTCOMPAT_TABLE (and includes its simd_*.h
+// first). All else stays in anonymous namespaces and no STL is used, so the linker can never pick this file's copy of a
+// shared inline function for code that runs on older machines.
+#include <cstring>
+
+#include "half.h"
+#include "tile.inl"
+// order matters
+#include "softmax.inl"
+// order matters
+#include "search.inl"
+
+namespace {
+
+void beats_item(const BeatsItem& item, Workspace& ws) {
+  with_arithmetic(item.segment->keys, [&](auto a) { beats_with<decltype(a)>(item, ws); });
+}
+
+void pairs_item(const PairItem& item, Workspace& ws) {
+  with_arithmetic(item.segment->keys, [&](auto a) { pairs_with<decltype(a)>(item, ws); });
+}
+
+int64_t factors(const RowRange& r, Metric metric, float* out, Workspace& ws) {
+  return with_arithmetic(r.matrix, [&](auto a) { return factors_with<decltype(a)>(r, metric, out, ws); });
+}
+
+void forward_item(const ForwardItem& item, Workspace& ws) {
+  with_arithmetic(item.keys.matrix, [&](auto a) { forward_with<decltype(a)>(item, ws); });
+}
+
+void gradient_item(const GradientItem& item, Workspace& ws) {
+  with_arithmetic(item.lanes.matrix, [&](auto a) { gradient_with<decltype(a)>(item, ws); });
+}
+
+}  // namespace
+
+namespace fastcompat {
+
+extern const Kernels FASTCOMPAT_TABLE;
+const Kernels FASTCOMPAT_TABLE = {
+    FASTCOMPAT_NAME, STRIPS * L, forward_item, gradient_item, topk_item,
+    beats_item,      pairs_item, factors,      store_row,     load_row,
+};
+
+}  // namespace fastcompat

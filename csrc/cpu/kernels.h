@@ -1,0 +1,137 @@
+// What a compiled instruction set offers: one table of functions, each doing one work item on one thread.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../fastcompat.h"
+
+namespace fastcompat {
+
+// Scratch memory of one thread; a slot keeps its buffer for the next item. Throws std::bad_alloc.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  ~Workspace();
+  float* floats(int slot, int64_t count);  // 64-byte aligned, contents undefined
+  static constexpr int kCandidates = 11;   // the one slot that is not the kernels' own
+
+ private:
+  static constexpr int kSlots = 12;
+  void* data_[kSlots] = {};
+  int64_t capacity_[kSlots] = {};
+};
+
+// Rows first .. first + count of a matrix, or those rows of its index list.
+struct RowRange {
+  Matrix matrix;
+  const int64_t* index;  // null: rows in order
+  int64_t first, count;
+
+  int64_t row(int64_t i) const { return index ? index[first + i] : first + i; }
+};
+
+// Statistics (and mean key) of some queries against some keys. Outputs are indexed by the query's row.
+struct ForwardItem {
+  RowRange query, keys;
+  float scale;
+  const float* bias;           // [N] or null
+  const int32_t* query_group;  // [B] or null: pairs of one group are left out
+  const int32_t* key_group;    // [N]
+  const int64_t* left_out[2];  // [B] or null: one key of each query that is left out, -1 for none
+  float* max;                  // [B] shift of the partial sums
+  float* sum_exp;              // [B]
+  float* sum;                  // [B] or null: sum of the logits
+  float* mean;                 // [B, D] or null: sum of exp(z - max) * key, not normalised
+};
+
+// sum over rows of c * row for every lane, where c is the gradient of the loss with respect to a logit.
+struct GradientItem {
+  RowRange lanes, rows;
+  bool lanes_are_queries;  // then every pair is a positive
+  float scale;
+  const float* bias;             // [N] or null
+  const float *neg_lse, *g_neg;  // [B]; an empty set has lse = +inf and gradient 0
+  const float *pos_lse, *g_pos, *g_sum;
+  const int32_t* query_group;  // [B] or null: pairs of one group are no negatives
+  const int32_t* key_group;
+  bool group_is_positive;   // they are positives
+  const int64_t* positive;  // [B] or null
+  const int64_t* exclude;   // [B] or null
+  float* out;               // [lanes, D] or null: float sums, indexed by the lane's row, added to what is there
+  void* out_scaled;         // [lanes, D] or null: scale * sums in the lanes' dtype, contiguous
+  float* out_bias;          // [lanes] or null: sum of c, added to what is there
+};
+
+struct SearchSegment {
+  Matrix query, keys;
+  const int64_t* rows;
+  int64_t count;
+  float scale, offset;
+  const float* query_factor;  // [B]
+  const float* key_factor;    // [count], by position
+};
+
+struct Candidate {
+  float score;
+  int32_t id;
+};
+
+struct TopkItem {
+  const SearchSegment* segments;
+  int n_segments;
+  Metric metric;
+  int64_t first_query, n_queries;
+  int64_t begin, end;  // positions over all segments, one after the other
+  int64_t k, capacity;
+  TopkFilter filter;
+  Candidate* buffer;  // [n_queries, capacity]; the best min(k, found) first, in no order
+  int64_t* found;     // [n_queries]
+  float* shared;      // [B] a score that k keys of some item reach: prunes the other items, never changes a result
+};
+
+struct BeatsItem {
+  const SearchSegment* segment;
+  Metric metric;
+  int64_t first_query, n_queries;
+  int64_t begin, end;  // positions
+  const int64_t* bounds;
+  int64_t blocks;
+  const float* thresholds;  // [B, P]
+  const int64_t* threshold_ids;
+  int64_t targets;
+  const int64_t* exclude;
+  int64_t* out;  // [B, P, blocks], added to atomically
+};
+
+struct PairItem {
+  const SearchSegment* segment;  // key_factor [N], by id
+  Metric metric;
+  int64_t first_query, n_queries;
+  const int64_t* ids;  // [B, P]
+  int64_t targets;
+  float* out;  // [B, P]
+};
+
+struct Kernels {
+  const char* name;
+  int block_lanes;  // lanes that an item should hold: queries, or keys in the key gradient
+  void (*forward)(const ForwardItem&, Workspace&);
+  void (*gradient)(const GradientItem&, Workspace&);
+  void (*topk)(const TopkItem&, Workspace&);
+  void (*count_beats)(const BeatsItem&, Workspace&);
+  void (*pair_scores)(const PairItem&, Workspace&);
+  // Per row: 1/norm (cosine), squared norm (l2), 1 (ip). Returns the position of the first row that is not finite, or
+  // -1.
+  int64_t (*factors)(const RowRange&, Metric, float* out, Workspace&);
+  // Row by row: float -> dtype with a factor.
+  void (*store_row)(void* out, DType dtype, int64_t row, const float* in, int64_t dim, float factor);
+  void (*load_row)(float* out, const Matrix& in, int64_t row);
+};
+
+// Keeps the best k of n candidates in front, in no order (score down, then id up), the k-th best last.
+void keep_best(Candidate* candidates, int64_t n, int64_t k);
+
+const Kernels& kernels();  // of the instruction set in use
+
+}  // namespace fastcompat

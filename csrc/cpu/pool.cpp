@@ -1,0 +1,125 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace fastcompat {
+namespace {
+
+struct Job {
+  const std::function<void(int64_t, Workspace&)>& fn;
+  int64_t items;
+  int seats;  // threads that may still join
+  int active = 0;
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+
+  Job(const std::function<void(int64_t, Workspace&)>& fn, int64_t items, int seats)
+      : fn(fn), items(items), seats(seats) {}
+
+  void work(std::mutex& mutex) {
+    try {
+      Workspace workspace;
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) fn(i, workspace);
+    } catch (...) {
+      next.store(items, std::memory_order_relaxed);
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  }
+};
+
+class Pool {
+ public:
+  void run(Job& job) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      grow(job.seats);
+      jobs_.push_back(&job);
+    }
+    wake_.notify_all();
+    job.work(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (auto it = jobs_.begin(); it != jobs_.end(); ++it)
+      if (*it == &job) {
+        jobs_.erase(it);
+        break;
+      }
+    left_.wait(lock, [&] { return job.active == 0; });
+  }
+
+ private:
+  void grow(int wanted) {
+    try {
+      for (; threads_ < wanted; ++threads_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {  // fewer threads do the same work
+    }
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      Job* job = nullptr;
+      wake_.wait(lock, [&] {
+        for (Job* j : jobs_)
+          if (j->seats > 0) {
+            job = j;
+            return true;
+          }
+        return false;
+      });
+      --job->seats;
+      ++job->active;
+      lock.unlock();
+      job->work(mutex_);
+      lock.lock();
+      if (--job->active == 0) left_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, left_;
+  std::deque<Job*> jobs_;
+  int threads_ = 0;
+};
+
+std::atomic<Pool*> current{nullptr};
+
+// The pool is never destroyed: its threads may be asleep in it when the process ends, or gone when it has forked.
+Pool& pool() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+  (void)registered;
+  Pool* p = current.load();
+  if (!p) {
+    Pool* fresh = new Pool;
+    if (current.compare_exchange_strong(p, fresh))
+      p = fresh;
+    else
+      delete fresh;
+  }
+  return *p;
+}
+
+}  // namespace
+
+void parallel_for(int64_t items, int threads, const std::function<void(int64_t, Workspace&)>& fn) {
+  if (items <= 0) return;
+  if (threads <= 1 || items == 1) {
+    Workspace workspace;
+    for (int64_t i = 0; i < items; ++i) fn(i, workspace);
+    return;
+  }
+  const int64_t helpers = (items < threads ? items : threads) - 1;
+  Job job(fn, items, static_cast<int>(helpers));
+  pool().run(job);
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace fastcompat

@@ -1,0 +1,186 @@
+// Top-k, pair scores and beat-counts: cuts the work into items and merges what they found.
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "plan.h"
+#include "pool.h"
+
+namespace fastcompat {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int64_t kFactorRows = 512;
+constexpr int64_t kBufferBytes = 16ll << 20;  // candidates of one thread
+
+bool better(const Candidate& a, const Candidate& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
+
+void check_rows(const char* name, const int64_t* index, int64_t count, int64_t rows) {
+  for (int64_t i = 0; index && i < count; ++i)
+    if (index[i] < -1 || index[i] >= rows)
+      throw std::invalid_argument(std::string("`") + name + "` must hold key numbers from 0 to " +
+                                  std::to_string(rows - 1) + ", or -1: entry " + std::to_string(i) + " holds " +
+                                  std::to_string(index[i]));
+}
+
+void check_sizes(const Segment& s) {
+  if (s.keys.rows > std::numeric_limits<int32_t>::max() || s.query.rows > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("more than 2**31 - 1 rows: search in parts and merge the results");
+}
+
+// What the metric needs to know of each row; refuses rows that are not finite.
+std::vector<float> factors(const RowRange& rows, Metric metric, const char* side, int segment, int threads) {
+  std::vector<float> out(static_cast<size_t>(rows.count));
+  const int64_t parts = (rows.count + kFactorRows - 1) / kFactorRows;
+  std::atomic<int64_t> bad{std::numeric_limits<int64_t>::max()};
+  parallel_for(parts, threads_for(threads, 16, rows.count, rows.matrix.dim), [&](int64_t n, Workspace& ws) {
+    RowRange part = rows;
+    part.first += n * kFactorRows;
+    part.count = std::min(kFactorRows, rows.count - n * kFactorRows);
+    int64_t at = kernels().factors(part, metric, out.data() + n * kFactorRows, ws);
+    if (at < 0) return;
+    at = part.row(at);
+    for (int64_t seen = bad.load(); at < seen && !bad.compare_exchange_weak(seen, at);) {
+    }
+  });
+  if (bad.load() != std::numeric_limits<int64_t>::max()) throw NonFinite(side, segment, bad.load());
+  return out;
+}
+
+struct Prepared {
+  std::vector<float> query_factor, key_factor;
+  SearchSegment segment;
+
+  Prepared(const Segment& s, Metric metric, int number, int threads)
+      : query_factor(factors({s.query, nullptr, 0, s.query.rows}, metric, "query", number, threads)),
+        key_factor(factors({s.keys, s.rows, 0, s.count}, metric, "keys", number, threads)),
+        segment{s.query, s.keys, s.rows, s.count, s.scale, s.offset, query_factor.data(), key_factor.data()} {}
+};
+
+}  // namespace
+
+void keep_best(Candidate* candidates, int64_t n, int64_t k) {
+  if (k > 0 && k <= n) std::nth_element(candidates, candidates + k - 1, candidates + n, better);
+}
+
+void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
+          int64_t* ids, int threads) {
+  const Kernels& kernel = kernels();
+  const int64_t B = segments[0].query.rows;
+  std::vector<Prepared> prepared;
+  std::vector<SearchSegment> parts;
+  prepared.reserve(segments.size());
+  int64_t total = 0, words = 0;
+  for (const Segment& s : segments) {
+    check_sizes(s);
+    check_rows("exclude", filter.exclude, B, s.keys.rows);
+    prepared.emplace_back(s, metric, static_cast<int>(prepared.size()), threads);
+    parts.push_back(prepared.back().segment);
+    total += s.count;
+    words = std::max(words, s.query.dim);
+  }
+  const int64_t wanted = std::min(k, total), capacity = std::max<int64_t>(2 * wanted, 16);
+  const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
+  const int64_t block = std::max<int64_t>(1, std::min<int64_t>(kernel.block_lanes, fits));
+  const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096);
+  std::vector<Candidate> best(plan.splits * B * wanted);
+  std::vector<int64_t> found(plan.splits * B);
+  std::vector<float> shared(B, -kInf);
+  threads = threads_for(threads, B, total, words);
+  parallel_for(plan.items(), threads, [&](int64_t n, Workspace& ws) {
+    const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
+    TopkItem item{};
+    item.segments = parts.data();
+    item.n_segments = static_cast<int>(parts.size());
+    item.metric = metric;
+    item.first_query = first;
+    item.n_queries = std::min(plan.block, B - first);
+    item.begin = std::min(split * plan.rows, total);
+    item.end = std::min(item.begin + plan.rows, total);
+    item.k = wanted;
+    item.capacity = capacity;
+    item.filter = filter;
+    item.buffer = reinterpret_cast<Candidate*>(ws.floats(
+        Workspace::kCandidates, item.n_queries * capacity * static_cast<int64_t>(sizeof(Candidate) / sizeof(float))));
+    item.found = found.data() + split * B + first;
+    item.shared = shared.data();
+    kernel.topk(item, ws);
+    for (int64_t q = 0; q < item.n_queries; ++q)
+      std::copy_n(item.buffer + q * capacity, item.found[q], best.data() + (split * B + first + q) * wanted);
+  });
+  constexpr int64_t kRows = 16;
+  parallel_for((B + kRows - 1) / kRows, threads, [&](int64_t n, Workspace&) {
+    std::vector<Candidate> all;
+    for (int64_t i = n * kRows; i < std::min(B, (n + 1) * kRows); ++i) {
+      all.clear();
+      for (int64_t s = 0; s < plan.splits; ++s) {
+        const Candidate* part = best.data() + (s * B + i) * wanted;
+        all.insert(all.end(), part, part + found[s * B + i]);
+      }
+      const int64_t filled = std::min<int64_t>(wanted, static_cast<int64_t>(all.size()));
+      std::partial_sort(all.begin(), all.begin() + filled, all.end(), better);
+      for (int64_t r = 0; r < k; ++r) {
+        scores[i * k + r] = r < filled ? all[r].score : -kInf;
+        ids[i * k + r] = r < filled ? all[r].id : -1;
+      }
+    }
+  });
+}
+
+void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t targets, float* out, int threads) {
+  check_sizes(s);
+  const Kernels& kernel = kernels();
+  const int64_t B = s.query.rows;
+  check_rows("targets", ids, B * targets, s.keys.rows);
+  std::vector<int64_t> used;
+  for (int64_t n = 0; n < B * targets; ++n)
+    if (ids[n] >= 0) used.push_back(ids[n]);
+  std::sort(used.begin(), used.end());
+  used.erase(std::unique(used.begin(), used.end()), used.end());
+  if (used.empty()) {
+    std::fill(out, out + B * targets, -kInf);
+    return;
+  }
+  const std::vector<float> query_factor = factors({s.query, nullptr, 0, B}, metric, "query", 0, threads);
+  const int64_t n_used = static_cast<int64_t>(used.size());
+  const std::vector<float> used_factor = factors({s.keys, used.data(), 0, n_used}, metric, "keys", 0, threads);
+  std::vector<float> key_factor(static_cast<size_t>(s.keys.rows));
+  for (size_t n = 0; n < used.size(); ++n) key_factor[used[n]] = used_factor[n];
+  const SearchSegment segment{s.query,          s.keys, nullptr, s.keys.rows, s.scale, s.offset, query_factor.data(),
+                              key_factor.data()};
+  const int64_t block = kernel.block_lanes;
+  parallel_for((B + block - 1) / block, threads_for(threads, B, targets, s.query.dim), [&](int64_t n, Workspace& ws) {
+    kernel.pair_scores({&segment, metric, n * block, std::min(block, B - n * block), ids, targets, out}, ws);
+  });
+}
+
+void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t blocks, const float* thresholds,
+                 const int64_t* threshold_ids, int64_t targets, const int64_t* exclude, int64_t* out, int threads) {
+  check_sizes(s);
+  const Kernels& kernel = kernels();
+  const int64_t B = s.query.rows;
+  check_rows("targets", threshold_ids, B * targets, s.keys.rows);
+  check_rows("exclude", exclude, B, s.keys.rows);
+  std::fill(out, out + B * targets * blocks, 0);
+  const Prepared prepared(s, metric, 0, threads);
+  const Plan plan(B, s.count, kernel.block_lanes, 1, 4096);
+  parallel_for(plan.items(), threads_for(threads, B, s.count, s.query.dim), [&](int64_t n, Workspace& ws) {
+    const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
+    BeatsItem item{&prepared.segment,
+                   metric,
+                   first,
+                   std::min(plan.block, B - first),
+                   split * plan.rows,
+                   std::min((split + 1) * plan.rows, s.count),
+                   bounds,
+                   blocks,
+                   thresholds,
+                   threshold_ids,
+                   targets,
+                   exclude,
+                   out};
+    kernel.count_beats(item, ws);
+  });
+}
+
+}  // namespace fastcompat

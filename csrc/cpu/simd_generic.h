@@ -1,0 +1,65 @@
+// Any target: 4 lanes of the compiler's own vectors. Products are rounded before they are added (no contraction), so
+// that every instance of a kernel gives the same bits.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+namespace {
+
+struct Simd {
+  static constexpr int W = 4, MR = 6;
+  typedef float F __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(16)));
+  using M = I;
+
+  static F load(const float* p) {
+    F a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+  }
+  static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+  static F set1(float a) { return F{a, a, a, a}; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F max(F a, F b) { return a > b ? a : b; }  // b when either is NaN
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F round(F a) {  // half to even for |a| < 2^22, which is all that exp2 asks
+    const F magic = set1(12582912.0f);
+    return (a + magic) - magic;
+  }
+  static F times_pow2(F a, F n) {  // a * 2^n for integral n in [-127, 128]
+    I e = (__builtin_convertvector(n, I) + 127) << 23;
+    F scale;
+    std::memcpy(&scale, &e, sizeof scale);
+    return a * scale;
+  }
+  static M gt(F a, F b) { return a > b; }
+  static M eq(F a, F b) { return a == b; }
+  static M eq(I a, I b) { return a == b; }
+  static F select(M m, F yes, F no) { return m ? yes : no; }
+  static uint32_t bits(M m) { return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u); }
+  static I load(const int32_t* p) {
+    I a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+  }
+  static void store(int32_t* p, I a) { std::memcpy(p, &a, sizeof a); }
+  static I set1(int32_t a) { return I{a, a, a, a}; }
+  static I count(I n, M m) { return n - m; }
+
+  static F load_bf16(const uint16_t* p) {
+    return F{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
+  }
+  static F load_f16(const uint16_t* p) {
+    return F{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
+  }
+  static void store_f16(uint16_t* p, F a) {
+    for (int i = 0; i < W; ++i) p[i] = float_to_f16(a[i]);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,290 @@
+// The tile engine: packing, the micro-kernel, and tiles of scores. Included once per instruction set, after simd_*.h.
+//
+// Lanes are the stationary side (queries, or keys in the key gradient): L of them side by side in vector lanes, packed
+// as [words][L]. Rows are the streamed side, packed block by block as [chunk][row][64 words], so that a broadcast
+// operand sits at a constant distance. A word is one float, or two bf16 where the instruction set multiplies pairs.
+// Every product of a pair is added in the order of its dimensions, in every tile shape: one pair, one score.
+#include "kernels.h"
+
+namespace {
+
+using namespace fastcompat;
+using F = Simd::F;
+using I = Simd::I;
+using M = Simd::M;
+
+constexpr int W = Simd::W;
+constexpr int NV = 2;                              // vectors of lanes in a strip
+constexpr int L = NV * W;                          // lanes of a strip
+constexpr int MR = Simd::MR;                       // rows of a register tile
+constexpr int NB = MR * (MR > 8 ? 8 : 16);         // rows of a packed block, even
+constexpr int CHUNK = 64;                          // words of a row that lie together
+constexpr int STRIPS = 128 / L > 8 ? 8 : 128 / L;  // strips of a query block
+
+constexpr float kInf = __builtin_inff();
+
+struct Fp32 {
+  static constexpr int PACK = 1;  // dimensions in a word
+  static F step(F acc, const float* a, F b) { return Simd::fma(Simd::set1(*a), b, acc); }
+  static F step(F acc, F a, F b) { return Simd::fma(a, b, acc); }
+};
+
+#ifdef FASTCOMPAT_BF16
+struct Bf16 {
+  static constexpr int PACK = 2;
+  static F step(F acc, const float* a, F b) { return step(acc, Simd::set1(*a), b); }
+  static F step(F acc, F a, F b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
+// Calls fn(A{}) with the arithmetic that this matrix wants.
+template <class Fn>
+inline auto with_arithmetic(const Matrix& m, Fn&& fn) {
+#ifdef FASTCOMPAT_BF16
+  if (m.dtype == DType::bf16) return fn(Bf16{});
+#endif
+  (void)m;
+  return fn(Fp32{});
+}
+
+enum Slot { kLanes, kRows, kRowPairs, kScores, kOut, kState, kConvert, kMisc };
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// fn(Int<n>) for a run-time n in 1..N
+template <int N, class Fn>
+inline void with_count(int n, Fn&& fn) {
+  if constexpr (N > 0) {
+    if (n == N)
+      fn(Int<N>{});
+    else
+      with_count<N - 1>(n, fn);
+  }
+}
+
+template <class T>
+inline T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+inline int64_t words_of(int64_t dim, int pack) { return (dim + pack - 1) / pack; }
+inline int64_t chunks_of(int64_t words) { return (words + CHUNK - 1) / CHUNK; }
+
+// ---- reading and writing rows ----
+
+inline const void* row_pointer(const Matrix& m, int64_t row) {
+  return static_cast<const char*>(m.data) + row * m.stride * (m.dtype == DType::f32 ? 4 : 2);
+}
+
+inline void to_floats(float* out, const Matrix& m, int64_t row, int64_t from, int64_t n) {
+  const void* p = row_pointer(m, row);
+  int64_t d = 0;
+  if (m.dtype == DType::f32) {
+    std::memcpy(out, static_cast<const float*>(p) + from, static_cast<size_t>(n) * sizeof(float));
+  } else if (m.dtype == DType::bf16) {
+    const uint16_t* h = static_cast<const uint16_t*>(p) + from;
+    for (; d + W <= n; d += W) Simd::store(out + d, Simd::load_bf16(h + d));
+    for (; d < n; ++d) out[d] = bf16_to_float(h[d]);
+  } else {
+    const uint16_t* h = static_cast<const uint16_t*>(p) + from;
+    for (; d + W <= n; d += W) Simd::store(out + d, Simd::load_f16(h + d));
+    for (; d < n; ++d) out[d] = f16_to_float(h[d]);
+  }
+}
+
+void load_row(float* out, const Matrix& m, int64_t row) { to_floats(out, m, row, 0, m.dim); }
+
+void store_row(void* out, DType dtype, int64_t row, const float* in, int64_t dim, float factor) {
+  if (dtype == DType::f32) {
+    float* o = static_cast<float*>(out) + row * dim;
+    for (int64_t d = 0; d < dim; ++d) o[d] = factor * in[d];
+  } else if (dtype == DType::bf16) {
+    uint16_t* o = static_cast<uint16_t*>(out) + row * dim;
+    for (int64_t d = 0; d < dim; ++d) o[d] = float_to_bf16(factor * in[d]);
+  } else {
+    uint16_t* o = static_cast<uint16_t*>(out) + row * dim;
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) Simd::store_f16(o + d, Simd::mul(Simd::set1(factor), Simd::load(in + d)));
+    for (; d < dim; ++d) o[d] = float_to_f16(factor * in[d]);
+  }
+}
+
+// ---- packing ----
+
+// [words][L], lanes past n are zero.
+template <class A>
+void pack_lanes(const RowRange& r, int64_t first, int n, float* panel, Workspace& ws) {
+  const int64_t dim = r.matrix.dim, words = words_of(dim, A::PACK);
+  float* line = ws.floats(kConvert, words);
+  if (n < L) std::memset(panel, 0, static_cast<size_t>(words * L) * sizeof(float));
+  for (int lane = 0; lane < n; ++lane) {
+    const int64_t row = r.row(first + lane);
+    if (A::PACK == 1) {
+      to_floats(line, r.matrix, row, 0, dim);
+    } else {
+      if (words) line[words - 1] = 0;
+      std::memcpy(line, row_pointer(r.matrix, row), static_cast<size_t>(dim) * 2);
+    }
+    for (int64_t w = 0; w < words; ++w) std::memcpy(panel + w * L + lane, line + w, sizeof(float));
+  }
+}
+
+// [chunk][NB][64]; words past the last of a row are never read.
+template <class A>
+void pack_rows(const RowRange& r, int64_t first, int n, float* block) {
+  const int64_t dim = r.matrix.dim;
+  for (int64_t c = 0; c * CHUNK < words_of(dim, A::PACK); ++c) {
+    const int64_t from = c * CHUNK * A::PACK, count = smaller<int64_t>(dim - from, CHUNK * A::PACK);
+    for (int i = 0; i < n; ++i) {
+      float* out = block + (c * NB + i) * CHUNK;
+      const int64_t row = r.row(first + i);
+      if (A::PACK == 1) {
+        to_floats(out, r.matrix, row, from, count);
+      } else {
+        if (count & 1) out[count / 2] = 0;
+        std::memcpy(out, static_cast<const uint16_t*>(row_pointer(r.matrix, row)) + from,
+                    static_cast<size_t>(count) * 2);
+      }
+    }
+  }
+}
+
+// The block as the weighted sum wants it: one word per dimension, holding A::PACK rows. fp32: the block itself.
+template <class A>
+const float* pair_rows(const float* block, const RowRange& r, int64_t first, int n, Workspace& ws) {
+  if constexpr (A::PACK == 1) {
+    (void)r, (void)first, (void)n, (void)ws;
+    return block;
+  } else {
+    const int64_t dim = r.matrix.dim;
+    float* pairs = ws.floats(kRowPairs, chunks_of(dim) * (NB / 2) * CHUNK);
+    for (int i = 0; i < n; i += 2) {
+      const uint16_t* a = static_cast<const uint16_t*>(row_pointer(r.matrix, r.row(first + i)));
+      const uint16_t* b =
+          i + 1 < n ? static_cast<const uint16_t*>(row_pointer(r.matrix, r.row(first + i + 1))) : nullptr;
+      for (int64_t d = 0; d < dim; ++d) {
+        uint32_t word = a[d] | (b ? static_cast<uint32_t>(b[d]) << 16 : 0u);
+        std::memcpy(pairs + ((d / CHUNK) * (NB / 2) + i / 2) * CHUNK + d % CHUNK, &word, sizeof word);
+      }
+    }
+    return pairs;
+  }
+}
+
+// ---- products ----
+
+// acc[r][lane] += sum_k a(r, k) * b[k][lane]; DOWN: a(r, k) = a[k * 64 + r], else a[r * 64 + k].
+template <class A, int R, bool DOWN>
+inline __attribute__((always_inline)) void multiply(const float* a, const float* b, int64_t count, F (&acc)[R][NV]) {
+  for (int64_t k = 0; k < count; ++k) {
+    F lanes[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) lanes[v] = Simd::load(b + k * L + v * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const float* word = DOWN ? a + k * CHUNK + r : a + r * CHUNK + k;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = A::step(acc[r][v], word, lanes[v]);
+    }
+  }
+}
+
+template <int R>
+inline __attribute__((always_inline)) void clear(F (&acc)[R][NV]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[r][v] = Simd::set1(0.0f);
+}
+
+// Scores of R rows of a packed block, from row `first`, with the L lanes of a panel.
+template <class A, int R>
+inline __attribute__((always_inline)) void score_tile(const float* block, int first, const float* panel, int64_t words,
+                                                      F (&acc)[R][NV]) {
+  clear(acc);
+  for (int64_t c = 0; c * CHUNK < words; ++c)
+    multiply<A, R, false>(block + (c * NB + first) * CHUNK, panel + c * CHUNK * L,
+                          smaller<int64_t>(words - c * CHUNK, CHUNK), acc);
+}
+
+// scores [n][L] of a whole packed block.
+template <class A>
+void score_block(const float* block, int n, const float* panel, int64_t words, float* scores) {
+  for (int first = 0; first < n; first += MR)
+    with_count<MR>(smaller(n - first, MR), [&](auto rows) {
+      constexpr int R = decltype(rows)::value;
+      F acc[R][NV];
+      score_tile<A, R>(block, first, panel, words, acc);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) Simd::store(scores + (first + r) * L + v * W, acc[r][v]);
+    });
+}
+
+// out [dim][L] += sum over the rows of a block of row[dim] * weights[row][L]; rows and weights in words of A::PACK
+// rows. A block is summed by itself first: the rounding error grows with the square root of NB + N/NB, not of N.
+template <class A>
+void add_weighted(const float* rows, int n, const float* weights, int64_t dim, float* out) {
+  const int64_t words = words_of(n, A::PACK), cap = NB / A::PACK;
+  for (int64_t c = 0; c * CHUNK < dim; ++c) {
+    const int width = static_cast<int>(smaller<int64_t>(dim - c * CHUNK, CHUNK));
+    const int tiles = (width + MR - 1) / MR;
+    for (int t = 0; t < tiles; ++t) {  // tiles of nearly equal height
+      const int from = width * t / tiles, to = width * (t + 1) / tiles;
+      with_count<MR>(to - from, [&](auto height) {
+        constexpr int R = decltype(height)::value;
+        float* o = out + (c * CHUNK + from) * L;
+        F acc[R][NV];
+        clear(acc);
+        multiply<A, R, true>(rows + c * cap * CHUNK + from, weights, words, acc);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) {
+            float* at = o + r * L + v * W;
+            Simd::store(at, Simd::add(Simd::load(at), acc[r][v]));
+          }
+      });
+    }
+  }
+}
+
+// weights [n][L] as the product wants them, in place: words of A::PACK rows.
+template <class A>
+void pair_weights(float* weights, int n) {
+  if constexpr (A::PACK == 2) {
+#ifdef FASTCOMPAT_BF16
+    for (int i = 0; i < n; i += 2)
+      for (int v = 0; v < NV; ++v) {
+        __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(Simd::load(weights + i * L + v * W)));
+        __m512i odd = _mm512_setzero_si512();
+        if (i + 1 < n)
+          odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(Simd::load(weights + (i + 1) * L + v * W)));
+        _mm512_storeu_si512(weights + (i / 2) * L + v * W, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
+#endif
+  } else {
+    (void)weights, (void)n;
+  }
+}
+
+// e^x with relative error below 1.2e-7, 0 below -88, NaN kept.
+inline F exp(F x) {
+  F t = Simd::mul(x, Simd::set1(1.44269504f));
+  t = Simd::min(Simd::set1(128.0f), t);
+  t = Simd::max(Simd::set1(-127.0f), t);
+  const F n = Simd::round(t), f = Simd::sub(t, n);
+  F p = Simd::set1(0x1.44138ap-13f);
+  p = Simd::fma(p, f, Simd::set1(0x1.5f0890p-10f));
+  p = Simd::fma(p, f, Simd::set1(0x1.3b2a54p-7f));
+  p = Simd::fma(p, f, Simd::set1(0x1.c6af6cp-5f));
+  p = Simd::fma(p, f, Simd::set1(0x1.ebfbe0p-3f));
+  p = Simd::fma(p, f, Simd::set1(0x1.62e430p-1f));
+  return Simd::times_pow2(Simd::fma(p, f, Simd::set1(1.0f)), n);
+}
+
+}  // namespace

@@ -1,0 +1,95 @@
+// The whole native interface: plain structs, raw pointers, sizes. Nothing here knows Python or torch.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fastcompat {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Metric : int { cosine = 0, ip = 1, l2 = 2 };
+
+// Rows of an embedding matrix; unit stride inside a row, any stride (in elements) between rows.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t rows, dim, stride;
+};
+
+// z_ij = scale * <query_i, keys_j> + bias_j, and which pairs are positives, negatives or neither.
+struct SoftmaxProblem {
+  Matrix query, keys;  // [B, D], [N, D]
+  float scale;
+  const float* bias;            // [N] or null
+  const int64_t* query_labels;  // [B] or null, together with key_labels [N]
+  const int64_t* key_labels;
+  const int64_t* positive;  // [B] or null: the positive's key, -1 for none; replaces positives by label
+  const int64_t* exclude;   // [B] or null: a key that is neither, -1 for none; beats positive
+};
+
+struct SoftmaxStats {
+  float* neg_lse;      // [B]
+  float* pos_lse;      // [B]
+  float* pos_sum;      // [B]
+  int64_t* pos_count;  // [B]
+  float* mean;         // [B, D] or null: sum_j softmax_j(negatives) key_j
+};
+
+// What arrives at the backward pass; a null gradient is an output nobody used.
+struct SoftmaxGrads {
+  const float* neg_lse;  // [B]
+  const float* pos_lse;  // [B]
+  const float* g_neg;    // [B] or null
+  const float* g_pos;    // [B] or null
+  const float* g_sum;    // [B] or null
+};
+
+void softmax_stats(const SoftmaxProblem& problem, const SoftmaxStats& out, int threads);
+
+// dquery [B, D] in the query's dtype (null: not wanted), dscale [B] = <query_i, d loss / d (scale * query_i)>.
+void softmax_query_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, const float* mean, void* dquery,
+                        float* dscale, int threads);
+
+// dkeys [N, D] in the keys' dtype (null: not wanted), dbias [N] (null: not wanted).
+void softmax_key_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, void* dkeys, float* dbias, int threads);
+
+// One embedding space of a gallery: the listed rows of keys are scored with this query as scale * score + offset.
+struct Segment {
+  Matrix query, keys;
+  const int64_t* rows;  // [count] row numbers, which are the ids; null: every row in order
+  int64_t count;
+  float scale, offset;
+};
+
+struct TopkFilter {
+  const int64_t* query_labels;  // [B] or null: keys with the query's label are skipped
+  const int64_t* key_labels;    // indexed by id
+  const int64_t* exclude;       // [B] or null
+};
+
+void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
+          int64_t* ids, int threads);
+
+// out [B, P]: score of (i, ids[i, p]), bit for bit the score that topk and count_beats see; id -1 gives -inf.
+void pair_scores(const Segment& segment, Metric metric, const int64_t* ids, int64_t targets, float* out, int threads);
+
+// out [B, P, T]: how many keys at positions [bounds[t], bounds[t+1]) beat (thresholds[i, p], threshold_ids[i, p]).
+void count_beats(const Segment& segment, Metric metric, const int64_t* bounds, int64_t blocks, const float* thresholds,
+                 const int64_t* threshold_ids, int64_t targets, const int64_t* exclude, int64_t* out, int threads);
+
+// A search input holds NaN or infinity.
+struct NonFinite : std::runtime_error {
+  NonFinite(const char* side, int segment, int64_t row)
+      : std::runtime_error("non-finite value"), side(side), segment(segment), row(row) {}
+  const char* side;
+  int segment;
+  int64_t row;
+};
+
+std::vector<std::string> simd_built();
+std::vector<std::string> simd_levels();  // those of simd_built that this machine can run
+std::string simd();
+void set_simd(const std::string& name);
+
+}  // namespace fastcompat

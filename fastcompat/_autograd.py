@@ -1,0 +1,121 @@
+"""Gradients around the native softmax statistics.
+
+d neg_lse_i / d q_i = scale * mean_i, with mean_i the softmax-weighted mean key of the negatives: the forward
+pass already knows it, so the query's gradient costs no second pass over the keys. Keys or a bias that want a
+gradient cost one key-stationary pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, _ops
+from .reference import SoftmaxStats
+
+_TWICE = (
+    "fastcompat's native kernels have no second derivative; call the function with "
+    'backend="reference" to differentiate twice'
+)
+
+
+class _SoftmaxStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        keys: Tensor,
+        scale: float,
+        scale_tensor: Tensor | None,
+        bias: Tensor | None,
+        query_labels: Tensor | None,
+        key_labels: Tensor | None,
+        positive: Tensor | None,
+        exclude: Tensor | None,
+        want_mean: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        indices = (query_labels, key_labels, positive, exclude)
+        neg_lse, pos_lse, pos_sum, pos_count, mean = _ops.softmax_stats(
+            query, keys, scale, scale_tensor, bias, *indices, want_mean
+        )
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(pos_count)
+        ctx.save_for_backward(query, keys, scale_tensor, bias, *indices, neg_lse, pos_lse, mean)
+        return neg_lse, pos_lse, pos_sum, pos_count
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        query, keys, scale_tensor, bias, *indices, neg_lse, pos_lse, mean = saved
+        want_query, want_keys, _, want_scale, want_bias, *_ = ctx.needs_input_grad
+        grads = (grad_neg, grad_pos, grad_sum)
+        if all(grad is None for grad in grads):
+            return (None,) * 10
+        problem = (query, keys, ctx.scale, scale_tensor, bias, *indices, neg_lse, pos_lse)
+        dquery = dkeys = dscale = dbias = None
+        with torch.no_grad():
+            if want_query or want_scale:
+                dquery, by_row = _ops.softmax_query_grad(*problem, mean, *grads)
+                dquery = dquery if want_query else None
+                dscale = ctx.scale * by_row.sum() if want_scale else None
+            if want_keys or want_bias:
+                dkeys, dbias = _ops.softmax_key_grad(*problem, *grads, want_keys, want_bias)
+                dkeys, dbias = dkeys if want_keys else None, dbias if want_bias else None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = (dquery, dkeys, dscale, dbias)
+            dquery, dkeys, dscale, dbias = _Once.apply(*found, *saved, *grads)  # type: ignore[no-untyped-call]
+        return (dquery, dkeys, None, dscale, dbias, None, None, None, None, None)
+
+
+class _Once(torch.autograd.Function):
+    """Hands first derivatives through and refuses the second."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return inputs[:4]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(_TWICE)
+
+
+def _wants_grad(value: Tensor | None) -> bool:
+    return value is not None and value.requires_grad
+
+
+def softmax_stats(
+    query: Tensor,
+    keys: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    positive: Tensor | None,
+    exclude: Tensor | None,
+) -> SoftmaxStats:
+    """The native statistics, differentiable once in query, keys, scale and bias."""
+    _checks.plain_autograd()
+    factor, scale_tensor = (1.0, scale.float()) if isinstance(scale, Tensor) else (scale, None)
+    arguments: tuple[Any, ...] = (
+        query,
+        keys,
+        factor,
+        scale_tensor,
+        bias,
+        query_labels,
+        key_labels,
+        positive,
+        exclude,
+    )
+    want_mean = query.requires_grad or _wants_grad(scale_tensor)
+    if torch.is_grad_enabled() and (want_mean or keys.requires_grad or _wants_grad(bias)):
+        if torch.compiler.is_compiling():
+            # Dynamo refuses one tensor in two places (one label vector for both sides): pass views.
+            arguments = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in arguments)
+        return SoftmaxStats(*_SoftmaxStats.apply(*arguments, want_mean))  # type: ignore[no-untyped-call]
+    return SoftmaxStats(*_ops.softmax_stats(*arguments, False)[:4])

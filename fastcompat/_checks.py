@@ -1,0 +1,237 @@
+"""Every argument error of the package: shapes, dtypes and devices, checked before any work."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*NATIVE_DTYPES, torch.float64)
+METRICS = ("cosine", "ip", "l2")
+REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = ("auto", "native", "reference")
+
+
+class NonFiniteError(ValueError):
+    """A search met NaN or inf: `side` is "query" or "keys", `row` the row of that tensor in that segment."""
+
+    def __init__(self, side: str, segment: int, row: int) -> None:
+        super().__init__(f"NaN or inf in row {row} of the {side} of segment {segment}")
+        self.side, self.segment, self.row = side, segment, row
+
+
+def refuse_nonfinite(error: NonFiniteError, names: Sequence[tuple[str, str]]) -> NoReturn:
+    """Raise `error` again with the name the caller gave: `names[segment]` is (query's name, keys' name)."""
+    name = names[error.segment][0 if error.side == "query" else 1]
+    raise ValueError(
+        f"`{name}` must be finite: row {error.row} holds NaN or inf; repair or remove that row first"
+    ) from None
+
+
+def choice(name: str, value: object, options: Sequence[str]) -> None:
+    """`value` is one of `options`."""
+    if value not in options:
+        expected = ", ".join(f'"{option}"' for option in options)
+        raise ValueError(f"`{name}` must be one of {expected}: got {value!r}")
+
+
+def positive_int(name: str, value: object) -> None:
+    """`value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"`{name}` must be an int: got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1: got {value}")
+
+
+def tensor(name: str, value: object) -> None:
+    """`value` is a torch tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"`{name}` must be a torch.Tensor: got {type(value).__name__}; convert it with torch.as_tensor"
+        )
+
+
+def matrix(name: str, value: Tensor) -> None:
+    """`value` is a floating point tensor with two dimensions."""
+    tensor(name, value)
+    if value.dim() != 2:
+        raise ValueError(f"`{name}` must have 2 dimensions [rows, columns]: got shape {list(value.shape)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"`{name}` must be float32, bfloat16, float16 or float64: got {value.dtype}; "
+            f"convert it with `{name}.float()` first"
+        )
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Both tensors live on one device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"`{name}` must be on the device of `{other_name}`: got {value.device} and {other.device}; "
+            f"move one of them with .to() first"
+        )
+
+
+def columns(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Both matrices have the same number of columns."""
+    if value.shape[1] != other.shape[1]:
+        raise ValueError(
+            f"`{name}` must have as many columns as `{other_name}`: "
+            f"got {value.shape[1]} and {other.shape[1]}; project one of them first"
+        )
+
+
+def embeddings(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Two embedding matrices that can be multiplied: columns and device agree (dtypes may differ)."""
+    matrix(other_name, other)
+    matrix(name, value)
+    columns(name, value, other_name, other)
+    same_device(name, value, other_name, other)
+
+
+def pair(query: Tensor, keys: Tensor, names: tuple[str, str] = ("query", "keys")) -> None:
+    """Query and keys as the engine takes them: two matrices with one width, one dtype, one device."""
+    embeddings(names[1], keys, names[0], query)
+    if query.dtype != keys.dtype:
+        raise TypeError(
+            f"`{names[1]}` must have the dtype of `{names[0]}`: got {keys.dtype} and {query.dtype}; "
+            f"convert one of them with .to() first"
+        )
+
+
+def rows(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Both tensors have the same number of rows."""
+    if value.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"`{name}` must have one entry per row of `{other_name}`: "
+            f"got {value.shape[0]} and {other.shape[0]}"
+        )
+
+
+def indices(name: str, value: Tensor | None, other_name: str, other: Tensor, dims: int = 1) -> None:
+    """Labels or ids: int64, one entry (with `dims=2`: one row of entries) per row of `other`."""
+    if value is None:
+        return
+    tensor(name, value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"`{name}` must be int64: got {value.dtype}; convert it with `{name}.long()` first")
+    if value.dim() != dims:
+        raise ValueError(
+            f"`{name}` must have {dims} dimension{'s' * (dims > 1)}: got shape {list(value.shape)}"
+        )
+    rows(name, value, other_name, other)
+    same_device(name, value, other_name, other)
+
+
+def labels(query: Tensor, keys: Tensor, query_labels: Tensor | None, key_labels: Tensor | None) -> None:
+    """Labels of both sides, or of neither."""
+    indices("query_labels", query_labels, "query", query)
+    indices("key_labels", key_labels, "keys", keys)
+    if (query_labels is None) != (key_labels is None):
+        given, missing = ("key", "query") if query_labels is None else ("query", "key")
+        raise ValueError(
+            f"`{missing}_labels` must be given with `{given}_labels`: got None; pass both or neither"
+        )
+
+
+def bias(value: Tensor | None, keys: Tensor, names: tuple[str, str] = ("bias", "keys")) -> None:
+    """One float32 number per key (float64 beside float64 keys)."""
+    if value is None:
+        return
+    name, other = names
+    tensor(name, value)
+    expected = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    if value.dtype not in (torch.float32, expected):
+        raise TypeError(
+            f"`{name}` must be {expected}: got {value.dtype}; convert it with .to({expected}) first"
+        )
+    if value.dim() != 1:
+        raise ValueError(f"`{name}` must have 1 dimension: got shape {list(value.shape)}")
+    rows(name, value, other, keys)
+    same_device(name, value, other, keys)
+
+
+def scalar(name: str, value: object) -> None:
+    """A float, or a 0-dim floating point tensor."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.dtype.is_floating_point:
+            raise ValueError(
+                f"`{name}` must be a float or a 0-dim floating point tensor: got shape {list(value.shape)}, "
+                f"{value.dtype}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"`{name}` must be a float or a 0-dim tensor: got {type(value).__name__}")
+
+
+def takes_native(backend: str, query: Tensor) -> bool:
+    """Whether the native kernels run this call; "native" raises where they do not cover it."""
+    choice("backend", backend, BACKENDS)
+    if backend == "reference":
+        return False
+    if query.dtype in NATIVE_DTYPES and query.device.type == "cpu":
+        return True
+    if backend == "native":
+        why = f"{query.dtype}" if query.dtype not in NATIVE_DTYPES else f"the device {query.device}"
+        raise ValueError(f'`backend="native"` does not cover {why}; use "auto" or "reference"')
+    return False
+
+
+def eager() -> bool:
+    """Whether this runs outside torch.compile and torch.func, so that a value may decide what happens."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def values_readable(value: Tensor) -> bool:
+    """Whether Python may look at this tensor's values without a synchronisation."""
+    return value.device.type == "cpu" and eager()
+
+
+def in_range(name: str, value: Tensor | None, size: int, *, none: bool = True) -> None:
+    """Every entry is a row number below `size` or, with `none`, -1 (checked where `values_readable`)."""
+    if value is None or value.numel() == 0 or not values_readable(value):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(value))
+    lowest = -1 if none else 0
+    if low < lowest or high >= size:
+        raise ValueError(
+            f"`{name}` must hold {'-1 (none) or ' * none}row numbers below {size}: "
+            f"got {low if low < lowest else high}"
+        )
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """A tensor as it is, a NumPy array as a tensor over the same memory."""
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"`{name}` must be a torch.Tensor or a NumPy array: got {type(value).__name__}")
+    if any(stride < 0 for stride in value.strides):
+        value = np.ascontiguousarray(value)
+    with warnings.catch_warnings():
+        # A memory-mapped gallery is read-only; nothing here writes to it.
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        try:
+            return torch.from_numpy(value)
+        except TypeError:
+            raise TypeError(f"`{name}` must be a NumPy array of numbers: got dtype {value.dtype}") from None
+
+
+def give_back(result: tuple[Tensor, ...], given: object) -> Any:
+    """`result` as NumPy arrays if `given` is one."""
+    return tuple(part.numpy() for part in result) if isinstance(given, np.ndarray) else result
+
+
+def plain_autograd() -> None:
+    """Refuse torch.func transforms and forward-mode differentiation, which the native kernels do not know."""
+    if torch.compiler.is_compiling():
+        return
+    if not eager() or torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "fastcompat's native kernels do not run under torch.func transforms or forward-mode "
+            'differentiation; call the function with backend="reference"'
+        )

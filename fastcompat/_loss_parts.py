@@ -1,0 +1,102 @@
+"""What the losses share: temperature, normalisation, dtypes, hard negatives, reduction."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks, _search
+from .reference import Segment, SoftmaxStats
+
+
+def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
+    """The scale `1 / temperature`; a float must be above 0."""
+    _checks.scalar("temperature", temperature)
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"`temperature` must be above 0: got {temperature}")
+    return 1.0 / temperature
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Rows of unit length (a zero row stays zero), computed and returned in float32 or wider."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+
+
+def common_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
+    """The promoted dtype; under autocast frozen keys follow the query."""
+    if torch.is_autocast_enabled(query.device.type) and not keys.requires_grad:
+        return query.dtype
+    return torch.promote_types(query.dtype, keys.dtype)
+
+
+def matched(query: Tensor, keys: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Both sides in one dtype, and of unit length if asked; each is rounded at most once."""
+    dtype = common_dtype(query, keys)
+    if normalize:
+        query, keys = normalised(query), normalised(keys)
+    return query.to(dtype), keys.to(dtype)
+
+
+def paired_products(a: Tensor, b: Tensor, normalize: bool) -> Tensor:
+    """`<a_i, b_i>` [B] in float32 or wider, of the same rounded values that `matched` gives to the engine."""
+    a, b = matched(a, b, normalize)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) * b.to(wide)).sum(1)
+
+
+def contrastive_from_stats(stats: SoftmaxStats, positives: str, reduction: str) -> Tensor:
+    """The contrastive loss as a function of row statistics; rows without positives take no part."""
+    if positives == "sum_in_log":
+        loss = log_odds_loss(stats.neg_lse, stats.pos_lse)
+    else:
+        everything = torch.logaddexp(stats.neg_lse, stats.pos_lse)
+        loss = everything - stats.pos_sum / stats.pos_count.clamp(min=1)
+    return reduced(loss, stats.pos_count > 0, reduction)
+
+
+def log_odds_loss(neg: Tensor, pos: Tensor) -> Tensor:
+    """`logaddexp(neg, pos) - pos` without the cancellation."""
+    return F.softplus(neg - pos, threshold=40.0)  # log(1 + e^-40) is 0 in float64 too
+
+
+def reduced(loss: Tensor, takes_part: Tensor | None, reduction: str) -> Tensor:
+    """Reduce [B] over the rows that take part (None: all); no row at all gives 0."""
+    if takes_part is not None:
+        loss = torch.where(takes_part, loss, 0.0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if takes_part is None:
+        return loss.sum() / max(loss.shape[0], 1)
+    return loss.sum() / takes_part.sum().clamp(min=1)
+
+
+def hardest_logits(
+    native: bool,
+    query: Tensor,
+    keys: Tensor,
+    scale: float | Tensor,
+    labels: Tensor,
+    key_labels: Tensor,
+    key_index: Tensor | None,
+    k: int,
+) -> Tensor:
+    """The logits of each row's k hardest negatives [B, k], -inf where there are fewer."""
+    # A search refuses NaN; a loss lets it through, so search finite copies and spoil the result afterwards.
+    finite = [torch.nan_to_num(x.detach(), nan=0.0, posinf=0.0, neginf=0.0) for x in (query, keys)]
+    _, ids = _search.topk(
+        [Segment(finite[0], finite[1])],
+        min(k, keys.shape[0]),
+        "ip",
+        query_labels=labels,
+        key_labels=key_labels,
+        exclude=key_index,
+        native=native,
+    )
+    wide = torch.promote_types(query.dtype, torch.float32)
+    picked = keys[ids.clamp(min=0)]  # [B, k, D]
+    z = scale * (query.to(wide)[:, None] * picked.to(wide)).sum(2)
+    z = torch.where(ids < 0, -torch.inf, z)
+    return torch.where(keys.detach().isfinite().all(), z, torch.nan)

@@ -1,0 +1,78 @@
+"""The torch operators `fastcompat::*`: schemas, shapes for torch.compile, and their CPU kernels.
+
+None of them is differentiable by itself; `_autograd` puts the gradient around them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _native
+
+_PROBLEM = (
+    "Tensor query, Tensor keys, float scale, Tensor? scale_tensor, Tensor? bias, Tensor? query_labels, "
+    "Tensor? key_labels, Tensor? positive, Tensor? exclude"
+)
+_SCHEMAS = (
+    f"softmax_stats({_PROBLEM}, bool want_mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"softmax_query_grad({_PROBLEM}, Tensor neg_lse, Tensor pos_lse, Tensor mean, Tensor? grad_neg, "
+    "Tensor? grad_pos, Tensor? grad_sum) -> (Tensor, Tensor)",
+    f"softmax_key_grad({_PROBLEM}, Tensor neg_lse, Tensor pos_lse, Tensor? grad_neg, Tensor? grad_pos, "
+    "Tensor? grad_sum, bool want_keys, bool want_bias) -> (Tensor, Tensor)",
+    "topk(Tensor[] query, Tensor[] keys, Tensor[] rows, float[] scale, float[] offset, SymInt k, str metric, "
+    "Tensor? query_labels, Tensor? key_labels, Tensor? exclude) -> (Tensor, Tensor)",
+    "pair_scores(Tensor query, Tensor keys, Tensor ids, str metric) -> Tensor",
+    "count_beats(Tensor query, Tensor keys, Tensor? rows, Tensor bounds, Tensor thresholds, "
+    "Tensor threshold_ids, str metric, Tensor? exclude) -> Tensor",
+)
+
+_library = torch.library.Library("fastcompat", "DEF")  # type: ignore[no-untyped-call]
+for _schema in _SCHEMAS:
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)  # type: ignore[no-untyped-call]
+    _library.impl(_name, getattr(_native, _name), "CPU")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("fastcompat::softmax_stats")
+def _(query, keys, scale, scale_tensor, bias, query_labels, key_labels, positive, exclude, want_mean):  # type: ignore[no-untyped-def]
+    rows, dim = query.shape
+    vector = [query.new_empty(rows, dtype=torch.float32) for _ in range(3)]
+    count = query.new_empty(rows, dtype=torch.int64)
+    return (*vector, count, query.new_empty((rows if want_mean else 0, dim), dtype=torch.float32))
+
+
+@torch.library.register_fake("fastcompat::softmax_query_grad")
+def _(query, keys, *rest):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape), query.new_empty(query.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("fastcompat::softmax_key_grad")
+def _(query, keys, *rest):  # type: ignore[no-untyped-def]
+    want_keys, want_bias = rest[-2:]
+    rows, dim = keys.shape
+    dkeys = keys.new_empty((rows if want_keys else 0, dim))
+    return dkeys, keys.new_empty(rows if want_bias else 0, dtype=torch.float32)
+
+
+@torch.library.register_fake("fastcompat::topk")
+def _(query, keys, rows, scale, offset, k, metric, query_labels, key_labels, exclude):  # type: ignore[no-untyped-def]
+    shape = (query[0].shape[0], k)
+    return query[0].new_empty(shape, dtype=torch.float32), query[0].new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("fastcompat::pair_scores")
+def _(query, keys, ids, metric):  # type: ignore[no-untyped-def]
+    return query.new_empty(ids.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("fastcompat::count_beats")
+def _(query, keys, rows, bounds, thresholds, threshold_ids, metric, exclude):  # type: ignore[no-untyped-def]
+    return threshold_ids.new_empty((*threshold_ids.shape, bounds.shape[0] - 1))
+
+
+softmax_stats = torch.ops.fastcompat.softmax_stats.default
+softmax_query_grad = torch.ops.fastcompat.softmax_query_grad.default
+softmax_key_grad = torch.ops.fastcompat.softmax_key_grad.default
+topk = torch.ops.fastcompat.topk.default
+pair_scores = torch.ops.fastcompat.pair_scores.default
+count_beats = torch.ops.fastcompat.count_beats.default

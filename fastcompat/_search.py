@@ -1,0 +1,75 @@
+"""Search by the native kernels or by the reference; bad rows are reported under the caller's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import _checks, _ops, reference
+from .reference import Segment
+
+Names = Sequence[tuple[str, str]]
+
+
+def topk(
+    segments: Sequence[Segment],
+    k: int,
+    metric: str,
+    *,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    exclude: Tensor | None = None,
+    native: bool,
+    names: Names = (("query", "keys"),),
+) -> tuple[Tensor, Tensor]:
+    """Best k over one or more segments (`reference.topk`); `names[s]` is what the caller calls segment s."""
+    segments = [part._replace(query=part.query.detach(), keys=part.keys.detach()) for part in segments]
+    try:
+        if not native:
+            return reference.topk(segments, k, metric, query_labels, key_labels, exclude)
+        query, keys, rows, scale, offset = map(list, zip(*segments, strict=True))
+        chosen = [part for part in rows if part is not None]
+        sets = (query_labels, key_labels, exclude)
+        found: tuple[Tensor, Tensor] = _ops.topk(query, keys, chosen, scale, offset, k, metric, *sets)
+        return found
+    except _checks.NonFiniteError as error:
+        _checks.refuse_nonfinite(error, names)
+
+
+def pair_scores(
+    query: Tensor,
+    keys: Tensor,
+    ids: Tensor,
+    metric: str,
+    *,
+    native: bool,
+    names: Names = (("query", "keys"),),
+) -> Tensor:
+    """Score of the pairs (i, ids[i, p]) (`reference.pair_scores`)."""
+    kernel = _ops.pair_scores if native else reference.pair_scores
+    try:
+        return kernel(query.detach(), keys.detach(), ids, metric)
+    except _checks.NonFiniteError as error:
+        _checks.refuse_nonfinite(error, names)
+
+
+def count_beats(
+    query: Tensor,
+    keys: Tensor,
+    rows: Tensor | None,
+    bounds: Tensor,
+    thresholds: Tensor,
+    threshold_ids: Tensor,
+    metric: str,
+    *,
+    exclude: Tensor | None = None,
+    native: bool,
+    names: Names = (("query", "keys"),),
+) -> Tensor:
+    """How many keys beat each threshold, per block of the walk (`reference.count_beats`)."""
+    kernel = _ops.count_beats if native else reference.count_beats
+    try:
+        return kernel(query.detach(), keys.detach(), rows, bounds, thresholds, threshold_ids, metric, exclude)
+    except _checks.NonFiniteError as error:
+        _checks.refuse_nonfinite(error, names)

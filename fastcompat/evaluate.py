@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact retrieval quality from the rank of every relevant item, without a table of all scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._ranking import Relevant, Space, average_precision, best_first, cutoffs
+from .functional import Array
+
+
+@dataclass(frozen=True)
+class QueryMetrics:
+    """The figures of `RetrievalMetrics` for every query: float64 [Q] each, NaN for a skipped query.
+
+    Tensors or NumPy arrays, as the query was given.
+    """
+
+    map: Any
+    cmc: dict[int, Any]
+    recall: dict[int, Any]
+    map_at_r: Any
+
+
+@dataclass(frozen=True)
+class RetrievalMetrics:
+    """What `retrieval_metrics` returns: means over the counted queries (NaN if there is none).
+
+    Attributes:
+        map: mean average precision, mAP (mAP@K if `map_at=K` was given).
+        cmc: `cmc[k]`, share of the queries with a relevant item among the first k.
+        recall: `recall[k]`, share of a query's relevant items that stand among its first k, averaged.
+        map_at_r: mAP@R.
+        skipped: number of queries with no relevant item, left out of every figure.
+        per_query: the same four figures query by query.
+    """
+
+    map: float
+    cmc: dict[int, float]
+    recall: dict[int, float]
+    map_at_r: float
+    skipped: int
+    per_query: QueryMetrics
+
+
+def retrieval_metrics(
+    query: Array,
+    gallery: Array,
+    query_labels: Array,
+    gallery_labels: Array,
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    metric: str = "cosine",
+    exclude: Array | None = None,
+    map_at: int | None = None,
+    backend: str = "auto",
+) -> RetrievalMetrics:
+    """Exact mAP, CMC, recall and mAP@R of a gallery, in memory that does not grow with Q * N.
+
+    A gallery item is relevant to a query if their labels are equal; a negative label equals no label. Let
+    query i have `R` relevant items, and let `r_1 < r_2 < ... < r_R` be their ranks in the whole gallery (0
+    = best; `exclude[i]` is not in it; of two equal scores the smaller gallery id ranks first). Then, per
+    query::
+
+        AP       = 1/R * sum over m of m / (r_m + 1)
+        AP@K     = 1/min(R, K) * sum over m with r_m < K of m / (r_m + 1)
+        AP@R     = 1/R * sum over m with r_m < R of m / (r_m + 1)
+        CMC@k    = 1 if r_1 < k, else 0
+        Recall@k = (number of m with r_m < k) / R
+
+    and every figure is the mean over the queries with `R > 0`; the others are counted in `.skipped` and
+    never read. The ranks are those of `fastcompat.ranks` and agree with `fastcompat.topk`; the figures are
+    computed in float64. AP@R follows Musgrave et al., "A Metric Learning Reality Check" (ECCV 2020).
+
+    Args:
+        query: [Q, D] float32, bfloat16, float16 or float64 (float64 runs the reference). A torch tensor, or
+            a NumPy array, which gives NumPy arrays in `.per_query`.
+        gallery: [N, D], of the same dtype.
+        query_labels: [Q] int64.
+        gallery_labels: [N] int64.
+        ks: the cut-offs k of CMC@k and Recall@k.
+        metric: "cosine", "ip" or "l2".
+        exclude: [Q] int64, for each query a gallery id that is neither ranked nor relevant, such as the
+            query itself (-1: none).
+        map_at: K, to get mAP@K as `.map` (None: over the whole ranking).
+        backend: "auto", "native" or "reference" (a full stable sort of all scores of a query).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit; NaN or inf in a row that is read, naming the first.
+    """
+    space = Space(query, gallery, ("query", "gallery"), metric, backend)
+    ks = cutoffs(ks)
+    if map_at is not None:
+        _checks.positive_int("map_at", map_at)
+    relevant = Relevant(space.query, space.gallery, query_labels, gallery_labels, exclude)
+    space.refuse_nonfinite(relevant.counted)
+
+    def blank() -> Tensor:
+        return torch.full((len(space.query),), torch.nan, dtype=torch.float64, device=space.query.device)
+
+    ap, ap_at_r = blank(), blank()  # [Q]
+    cmc, recall = {k: blank() for k in ks}, {k: blank() for k in ks}
+    for q, ids in relevant.blocks(per_query=0 if space.native else len(space.gallery)):
+        ranks, count = best_first(space.ranks(q, ids, relevant.excluded(q)))  # [B, P], [B]
+        ap[q] = average_precision(ranks, count, map_at)
+        ap_at_r[q] = average_precision(ranks, count, count)
+        for k in ks:
+            hits = (ranks < k).sum(1)
+            cmc[k][q] = (hits > 0).double()
+            recall[k][q] = hits / count.double()
+
+    def mean(values: Tensor) -> float:
+        return float(values[relevant.counted].mean())
+
+    def as_given(values: Tensor) -> Any:
+        return values.numpy() if isinstance(query, np.ndarray) else values
+
+    return RetrievalMetrics(
+        map=mean(ap),
+        cmc={k: mean(values) for k, values in cmc.items()},
+        recall={k: mean(values) for k, values in recall.items()},
+        map_at_r=mean(ap_at_r),
+        skipped=relevant.skipped,
+        per_query=QueryMetrics(
+            map=as_given(ap),
+            cmc={k: as_given(values) for k, values in cmc.items()},
+            recall={k: as_given(values) for k, values in recall.items()},
+            map_at_r=as_given(ap_at_r),
+        ),
+    )

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Search in a gallery that is only partly re-embedded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, _search
+from .functional import Array
+from .reference import Segment
+
+
+def mixed_topk(
+    query_old: Array,
+    old: Array,
+    query_new: Array,
+    new: Array,
+    backfilled: Array,
+    k: int,
+    *,
+    metric: str = "cosine",
+    scale: Sequence[float] = (1.0, 1.0),
+    offset: Sequence[float] = (0.0, 0.0),
+    backend: str = "auto",
+) -> tuple[Array, Array]:
+    """The best k items of a half-upgraded gallery, each item ranked by the score in its own space.
+
+    An item j that is not backfilled counts with its old vector and the old query, a backfilled one with its
+    new vector and the new query; one list is sorted by::
+
+        score_ij = scale[0] * s(query_old_i, old_j) + offset[0]     if not backfilled[j]
+                   scale[1] * s(query_new_i, new_j) + offset[1]     if backfilled[j]
+
+    With the defaults and "cosine" this is the distance rank merge of Seo et al., "Online Backfilling with
+    No Regret for Large-Scale Image Retrieval" (arXiv 2301.03767; reconstructed from the paper's text). Both
+    parts share one running threshold per query: one pass over the N items, no merging afterwards. With
+    nothing or everything backfilled the result is that of `fastcompat.topk` on `old` or on `new`, exactly.
+
+    Args:
+        query_old: [B, D_old], the queries in the old space; float32, bfloat16, float16 or float64 (float64
+            runs the reference). Torch tensors, or NumPy arrays, which give NumPy arrays back.
+        old: [N, D_old], of the same dtype. Rows of backfilled items are never read and may hold anything.
+        query_new: [B, D_new], the same queries in the new space.
+        new: [N, D_new]. Rows of items not yet backfilled are never read.
+        backfilled: [N] bool.
+        k: how many items to return.
+        metric: "cosine", "ip" or "l2" (score = minus the squared distance).
+        scale: factors of the old and of the new scores.
+        offset: numbers added to the old and to the new scores.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        scores [B, k] and ids [B, k] (int64), best first; of two equal scores the smaller id first; score
+        -inf and id -1 where there are fewer than k items.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit; NaN or inf in a row that is read, naming the first.
+    """
+    names = (("query_old", "old"), ("query_new", "new"))
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name, side in zip(names, ((query_old, old), (query_new, new)), strict=True):
+        query, keys = _checks.as_tensor(name[0], side[0]), _checks.as_tensor(name[1], side[1])
+        _checks.pair(query, keys, name)
+        pairs.append((query, keys))
+    _checks.rows("query_new", pairs[1][0], "query_old", pairs[0][0])
+    _checks.rows("new", pairs[1][1], "old", pairs[0][1])
+    _checks.same_device("new", pairs[1][1], "old", pairs[0][1])
+    done = _backfilled(backfilled, pairs[0][1])
+    _checks.positive_int("k", k)
+    _checks.choice("metric", metric, _checks.METRICS)
+    scales, offsets = _two_numbers("scale", scale), _two_numbers("offset", offset)
+    native = all([_checks.takes_native(backend, query) for query, _ in pairs])
+
+    parts: list[Segment] = []
+    used: list[tuple[str, str]] = []
+    for s, counts in enumerate((~done, done)):
+        rows = counts.nonzero()[:, 0]
+        # A side without items is left out, so nothing of it is read; an empty gallery keeps the old side.
+        if len(rows) or (s == 0 and not len(done)):
+            every = len(rows) == len(done)
+            parts.append(Segment(*pairs[s], None if every else rows, scales[s], offsets[s]))
+            used.append(names[s])
+    found = _search.topk(parts, k, metric, native=native, names=used)
+    best, ids = _checks.give_back(found, query_old)
+    return best, ids
+
+
+def _backfilled(value: Any, old: Tensor) -> Tensor:
+    mask = _checks.as_tensor("backfilled", value)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"`backfilled` must be bool: got {mask.dtype}; write `backfilled != 0`")
+    if mask.dim() != 1:
+        raise ValueError(f"`backfilled` must have 1 dimension: got shape {list(mask.shape)}")
+    _checks.rows("backfilled", mask, "old", old)
+    _checks.same_device("backfilled", mask, "old", old)
+    return mask
+
+
+def _two_numbers(name: str, value: Sequence[float]) -> tuple[float, float]:
+    try:
+        first, second = (float(number) for number in value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`{name}` must be two numbers, for the old and for the new scores: got {value!r}; "
+            f"write {name}=(1.0, 1.0)"
+        ) from None
+    if not all(torch.tensor([first, second]).isfinite()):
+        raise ValueError(f"`{name}` must be finite: got {value!r}")
+    return first, second

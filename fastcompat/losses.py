@@ -1,0 +1,272 @@
+"""The losses as modules, with the call signature of pytorch-metric-learning.
+
+`loss(embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None)`: `ref_emb` are the old
+model's embeddings. An `indices_tuple` is (anchors, positives, anchors, negatives) or (anchors, positives,
+negatives), int64 numbers of rows of `embeddings` and of `ref_emb`. It replaces the labels: row i has exactly
+the positives and negatives paired with it there (a pair named twice counts once), as in
+pytorch-metric-learning's SupConLoss, and in its NTXentLoss with one positive per anchor. It runs the
+reference, whatever `backend` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks, functional, reference
+from . import _loss_parts as parts
+
+
+class ContrastiveLoss(nn.Module):
+    """`functional.contrastive_loss` of embeddings against `ref_emb`, or against the batch itself without it.
+
+    Without `ref_emb` a row is neither positive nor negative of itself. With `ref_emb` and no labels, row i of
+    `ref_emb` is the positive of row i. `ref_labels` defaults to `labels` where the row counts agree.
+
+    Args:
+        temperature: a float, or an `nn.Parameter` to be learned.
+        positives: "sum_in_log" or "mean_out".
+        normalize: L2-normalise both sides first.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "native" or "reference".
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.07,
+        positives: str = "sum_in_log",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.temperature, self.positives, self.normalize = temperature, positives, normalize
+        self.reduction, self.backend = reduction, backend
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `embeddings` [B, D] against `ref_emb` [N, D]."""
+        _checks.matrix("embeddings", embeddings)
+        keys = embeddings
+        if ref_emb is not None:
+            _checks.embeddings("ref_emb", ref_emb, "embeddings", embeddings)
+            keys = ref_emb
+        if indices_tuple is not None:
+            query, keys = parts.matched(embeddings, keys, self.normalize)
+            z = reference.logits(query, keys, parts.inverse_temperature(self.temperature))
+            stats = reference.masked_stats(z, *pair_masks(indices_tuple, z))
+            return parts.contrastive_from_stats(stats, self.positives, self.reduction)
+        row = torch.arange(embeddings.shape[0], device=embeddings.device)
+        positive, key_labels = None, labels
+        if labels is None:
+            if ref_emb is None:
+                raise ValueError("`labels` must be given without `ref_emb` and `indices_tuple`: got None")
+            _checks.rows("ref_emb", ref_emb, "embeddings", embeddings)
+            positive = row
+        else:
+            _checks.indices("labels", labels, "embeddings", embeddings)
+            key_labels = _labels_of_keys(labels, ref_emb, ref_labels)
+        return functional.contrastive_loss(
+            embeddings,
+            keys,
+            query_labels=labels,
+            key_labels=key_labels,
+            positive=positive,
+            exclude=row if ref_emb is None else None,
+            temperature=self.temperature,
+            positives=self.positives,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+
+class BCTLoss(nn.Module):
+    """`functional.bct_loss` with the old classifier held as frozen buffers.
+
+    Args:
+        old_weight: [C_old, D_old].
+        old_bias: [C_old] or None.
+        scale: None for the plain linear classifier, else the scale of a cosine classifier.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "native" or "reference".
+    """
+
+    old_weight: Tensor
+    old_bias: Tensor | None
+
+    def __init__(
+        self,
+        old_weight: Tensor,
+        old_bias: Tensor | None = None,
+        *,
+        scale: float | Tensor | None = None,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("old_weight", old_weight.detach())
+        self.register_buffer("old_bias", None if old_bias is None else old_bias.detach())
+        self.scale, self.reduction, self.backend = scale, reduction, backend
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `embeddings` [B, D_new]; `labels` are class numbers of the old classifier."""
+        if labels is None:
+            raise ValueError("`labels` must be given: got None; they are class numbers of the old classifier")
+        for name, value in (
+            ("indices_tuple", indices_tuple),
+            ("ref_emb", ref_emb),
+            ("ref_labels", ref_labels),
+        ):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` must be None: this loss compares with the old classifier, not with pairs"
+                )
+        _checks.matrix("embeddings", embeddings)
+        _checks.indices("labels", labels, "embeddings", embeddings)
+        return functional.bct_loss(
+            embeddings,
+            labels,
+            self.old_weight,
+            self.old_bias,
+            scale=self.scale,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+
+class RACTLoss(nn.Module):
+    """`functional.ract_loss` within the batch; row i of `ref_emb` is the old embedding of image i.
+
+    With an `indices_tuple` the positives and negatives of row i are the pairs named there: positives among
+    the old embeddings, the k hardest negatives among the old and among the new ones (row i itself never is a
+    new negative); rows without a positive take no part.
+
+    Args:
+        temperature: a float, or an `nn.Parameter` to be learned.
+        k: how many negatives of each kind; None takes all.
+        detach_keys: no gradient into the new embeddings as keys.
+        normalize: L2-normalise everything first.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "native" or "reference".
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.01,
+        k: int | None = 10,
+        detach_keys: bool = True,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.temperature, self.k, self.detach_keys = temperature, k, detach_keys
+        self.normalize, self.reduction, self.backend = normalize, reduction, backend
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `embeddings` [B, D] beside the old embeddings `ref_emb` [B, D] of the same images."""
+        _checks.matrix("embeddings", embeddings)
+        if ref_emb is None:
+            raise ValueError(
+                "`ref_emb` must be given: got None; pass the old model's embeddings of the same images"
+            )
+        _checks.embeddings("ref_emb", ref_emb, "embeddings", embeddings)
+        _checks.rows("ref_emb", ref_emb, "embeddings", embeddings)
+        if indices_tuple is not None:
+            return self._from_pairs(embeddings, ref_emb, indices_tuple)
+        if labels is None:
+            raise ValueError("`labels` must be given without an `indices_tuple`: got None")
+        _checks.indices("labels", labels, "embeddings", embeddings)
+        if ref_labels is not None and ref_labels is not labels:
+            raise ValueError(
+                "`ref_labels` must be left out: row i of `ref_emb` is the old embedding of row i "
+                "of `embeddings`, so it has the same label"
+            )
+        return functional.ract_loss(
+            embeddings,
+            ref_emb,
+            labels,
+            temperature=self.temperature,
+            k=self.k,
+            detach_keys=self.detach_keys,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def _from_pairs(self, new: Tensor, old: Tensor, indices_tuple: Sequence[Tensor]) -> Tensor:
+        scale = parts.inverse_temperature(self.temperature)
+        own = new.detach() if self.detach_keys else new
+        to_old = reference.logits(*parts.matched(new, old.detach(), self.normalize), scale)
+        to_new = reference.logits(*parts.matched(new, own, self.normalize), scale)
+        pos, neg = pair_masks(indices_tuple, to_old)
+        itself = torch.eye(len(neg), dtype=torch.bool, device=neg.device)
+        hardest = []
+        for z, members in ((to_old, neg), (to_new, neg & ~itself)):
+            z = torch.where(members, z, -torch.inf)
+            hardest.append(z if self.k is None else z.topk(min(self.k, z.shape[1])).values)
+        everything = torch.cat(hardest, 1)
+        used = torch.ones_like(everything, dtype=torch.bool)
+        pos_sum = torch.where(pos, to_old, 0.0).sum(1)
+        stats = reference.SoftmaxStats(
+            reference.log_sum_exp(everything, used), reference.log_sum_exp(to_old, pos), pos_sum, pos.sum(1)
+        )
+        return parts.contrastive_from_stats(stats, "sum_in_log", self.reduction)
+
+
+def pair_masks(indices_tuple: Sequence[Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Boolean masks [B, N] of the positive and of the negative pairs in a 4-tuple or 3-tuple."""
+    if len(indices_tuple) not in (3, 4):
+        raise ValueError(
+            "`indices_tuple` must be (anchors, positives, anchors, negatives) or "
+            f"(anchors, positives, negatives): got {len(indices_tuple)} tensors"
+        )
+    anchors, positives, *middle, negatives = indices_tuple
+    masks = []
+    for rows, columns in ((anchors, positives), (middle[0] if middle else anchors, negatives)):
+        for value, size in ((rows, z.shape[0]), (columns, z.shape[1])):
+            _checks.indices("indices_tuple", value, "indices_tuple", rows)
+            _checks.in_range("indices_tuple", value, size, none=False)
+        mask = torch.zeros_like(z, dtype=torch.bool)
+        mask[rows, columns] = True
+        masks.append(mask)
+    return masks[0], masks[1]
+
+
+def _labels_of_keys(labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None) -> Tensor:
+    if ref_emb is None:
+        return labels
+    if ref_labels is None:
+        if ref_emb.shape[0] != labels.shape[0]:
+            raise ValueError(
+                f"`ref_labels` must be given where `ref_emb` has other rows than `embeddings`: got None for "
+                f"{ref_emb.shape[0]} and {labels.shape[0]} rows"
+            )
+        return labels
+    _checks.indices("ref_labels", ref_labels, "ref_emb", ref_emb)
+    return ref_labels

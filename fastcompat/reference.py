@@ -1,0 +1,213 @@
+"""The engine in plain PyTorch: the specification of what the native kernels compute.
+
+Runs on every device and in float64, is differentiable (twice, and through torch.func), and holds
+all B x N logits at once. `backend="reference"` selects it in every public function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+
+
+class SoftmaxStats(NamedTuple):
+    """Row statistics of the logits: float32 [B] (float64 for float64 inputs), the count int64 [B]."""
+
+    neg_lse: Tensor
+    pos_lse: Tensor
+    pos_sum: Tensor
+    pos_count: Tensor
+
+
+class Segment(NamedTuple):
+    """Part of a gallery: query [B, D], keys [N, D], the rows that count (None: all); scale*score + offset."""
+
+    query: Tensor
+    keys: Tensor
+    rows: Tensor | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+def logits(query: Tensor, keys: Tensor, scale: float | Tensor = 1.0, bias: Tensor | None = None) -> Tensor:
+    """`z_ij = scale * <query_i, keys_j> + bias_j` [B, N], in float32 (float64 for float64 inputs)."""
+    with torch.autocast(query.device.type, enabled=False):  # logits are never rounded to 16 bits
+        wide = torch.promote_types(query.dtype, torch.float32)
+        z = scale * (query.to(wide) @ keys.to(wide).T)
+        return z if bias is None else z + bias
+
+
+def same_label(query_labels: Tensor, key_labels: Tensor) -> Tensor:
+    """Boolean [B, N]: equal labels; a negative label equals no label, itself included."""
+    return (query_labels[:, None] == key_labels) & (query_labels[:, None] >= 0)
+
+
+def positives_and_negatives(
+    z: Tensor,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    positive: Tensor | None,
+    exclude: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Two boolean masks [B, N]: which keys are the positives of a row, and which are its negatives."""
+    column = torch.arange(z.shape[1], device=z.device)
+    same = torch.zeros_like(z, dtype=torch.bool)
+    if query_labels is not None and key_labels is not None:
+        same = same_label(query_labels, key_labels)
+    pos = same if positive is None else column == positive[:, None]
+    neg = ~(same | pos)
+    if exclude is not None:
+        kept = column != exclude[:, None]
+        pos, neg = pos & kept, neg & kept
+    return pos, neg
+
+
+def log_sum_exp(z: Tensor, members: Tensor) -> Tensor:
+    """Log-sum-exp over each row's members [B]; an empty set gives -inf and a zero gradient, never NaN."""
+    members = members & (z != -torch.inf)
+    some = members.any(1)
+    # An empty row reads constants instead of logits, so nothing that arrives can leave through it.
+    filler = torch.where(some, -torch.inf, 0.0)[:, None].to(z.dtype)
+    return torch.where(some, torch.where(members, z, filler).logsumexp(1), -torch.inf)
+
+
+def masked_stats(z: Tensor, pos: Tensor, neg: Tensor) -> SoftmaxStats:
+    """The statistics of logits [B, N] for given sets of positives and negatives [B, N]."""
+    pos_sum = torch.where(pos, z, 0.0).sum(1)
+    return SoftmaxStats(log_sum_exp(z, neg), log_sum_exp(z, pos), pos_sum, pos.sum(1))
+
+
+def softmax_stats(
+    query: Tensor,
+    keys: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    positive: Tensor | None = None,
+    exclude: Tensor | None = None,
+) -> SoftmaxStats:
+    """Log-sum-exp of negatives and positives, sum and count of positives: `fastcompat.softmax_stats`."""
+    z = logits(query, keys, scale, bias)
+    for name, index in (("positive", positive), ("exclude", exclude)):
+        _checks.in_range(name, index, keys.shape[0])
+        if index is not None and not _checks.values_readable(index):
+            bad = (index < -1) | (index >= keys.shape[0])
+            z = torch.where(bad[:, None], torch.nan, z)
+            if positive is index:
+                positive = torch.where(bad, 0, index)
+    return masked_stats(z, *positives_and_negatives(z, query_labels, key_labels, positive, exclude))
+
+
+def scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
+    """Score of every pair [B, N]: "cosine" (0 for a zero vector), "ip", "l2" (minus the squared distance).
+
+    Computed in float64 and rounded to float32 once (kept for float64 inputs), so equal pairs get equal
+    scores.
+    """
+    q, k = query.detach().double(), keys.detach().double()
+    if query.dtype == torch.float64:
+        # A matrix product may add the same pair differently at its edges; a row-wise sum never does.
+        rows = [(row * k).sum(1) for row in q]
+        s = torch.stack(rows) if rows else q.new_empty(0, k.shape[0])
+    else:
+        s = q @ k.T
+    q_square, k_square = (q * q).sum(1), (k * k).sum(1)
+    if metric == "cosine":
+        q_inverse, k_inverse = (torch.where(x > 0, x.rsqrt(), 0.0) for x in (q_square, k_square))
+        s = s * q_inverse[:, None] * k_inverse
+    elif metric == "l2":
+        s = 2 * s - q_square[:, None] - k_square
+    return s if query.dtype == torch.float64 else s.float()
+
+
+def refuse_nonfinite(query: Tensor, keys: Tensor, rows: Tensor | None = None, segment: int = 0) -> None:
+    """Raise NonFiniteError for the first bad row among all query rows and the key rows that count."""
+    if not _checks.eager():
+        return
+    numbers = torch.arange(keys.shape[0], device=keys.device) if rows is None else rows.sort().values
+    everyone = torch.arange(query.shape[0], device=query.device)
+    for side, value, read in (("query", query, everyone), ("keys", keys, numbers)):
+        bad = ~value.detach()[read].isfinite().all(1)
+        if bad.any():
+            raise _checks.NonFiniteError(side, segment, int(read[bad][0]))
+
+
+def topk(
+    segments: Sequence[Segment],
+    k: int,
+    metric: str,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    exclude: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Best k scores and ids [B, k] over all segments; ties: smaller id first; missing: -inf and -1.
+
+    An id is a row number of its segment's keys; `key_labels` [N] is indexed by id, and keys with the query's
+    label are skipped, as is `exclude`.
+    """
+    found, numbers = [], []
+    for number, part in enumerate(segments):
+        refuse_nonfinite(part.query, part.keys, part.rows, number)
+        rows = torch.arange(part.keys.shape[0], device=part.keys.device) if part.rows is None else part.rows
+        found.append(part.scale * scores(part.query, part.keys, metric)[:, rows] + part.offset)
+        numbers.append(rows)
+    ids, order = torch.cat(numbers).sort()
+    score = torch.cat(found, 1)[:, order]  # [B, M], by ascending id
+    if query_labels is not None and key_labels is not None:
+        score = score.masked_fill(same_label(query_labels, key_labels[ids]), -torch.inf)
+    if exclude is not None:
+        _checks.in_range("exclude", exclude, segments[0].keys.shape[0])
+        score = score.masked_fill(ids == exclude[:, None], -torch.inf)
+    best, place = score.sort(dim=1, descending=True, stable=True)
+    best, best_ids = best[:, :k], ids[place[:, :k]]
+    missing = (0, max(0, k - best.shape[1]))
+    best, best_ids = F.pad(best, missing, value=-torch.inf), F.pad(best_ids, missing, value=-1)
+    return best, best_ids.masked_fill(best == -torch.inf, -1)
+
+
+def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> Tensor:
+    """Score of the pairs (i, ids[i, p]) [B, P]; -inf where the id is -1."""
+    used = ids.unique()  # type: ignore[no-untyped-call]
+    refuse_nonfinite(query, keys, used[used >= 0])
+    if keys.shape[0] == 0:
+        return torch.full(ids.shape, -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+    return scores(query, keys, metric).gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+
+
+def count_beats(
+    query: Tensor,
+    keys: Tensor,
+    rows: Tensor | None,
+    bounds: Tensor,
+    thresholds: Tensor,
+    threshold_ids: Tensor,
+    metric: str,
+    exclude: Tensor | None = None,
+) -> Tensor:
+    """How many keys beat each threshold, per block of the walk over `rows` (None: all): int64 [B, P, T].
+
+    Block t is the walk's positions bounds[t] .. bounds[t + 1]. A key beats a threshold with a greater score,
+    or with an equal score and a smaller id. The threshold's own id and `exclude` never count; id -1 counts
+    nothing.
+    """
+    order = torch.arange(keys.shape[0], device=keys.device) if rows is None else rows
+    first, last = int(bounds[0]), int(bounds[-1])
+    refuse_nonfinite(query, keys, order[first:last])
+    order, bounds = order[first:last], bounds - first
+    score = scores(query, keys, metric)[:, order]  # [B, M]
+    counted = torch.ones_like(score, dtype=torch.bool) if exclude is None else order != exclude[:, None]
+    counts = threshold_ids.new_zeros(*threshold_ids.shape, bounds.shape[0] - 1)  # [B, P, T]
+    for p in range(threshold_ids.shape[1]):
+        own, bar = threshold_ids[:, p, None], thresholds[:, p, None]
+        beats = (score > bar) | ((score == bar) & (order < own))
+        beats &= counted & (order != own) & (own >= 0)
+        walked = F.pad(beats.cumsum(1), (1, 0))  # [B, M + 1]
+        counts[:, p] = walked[:, bounds[1:]] - walked[:, bounds[:-1]]
+    return counts

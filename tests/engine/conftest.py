@@ -1,0 +1,43 @@
+"""Every test in this folder runs once per instruction set of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from fastcompat import _native
+
+settings.register_profile("engine", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("engine")
+
+
+@pytest.fixture(scope="session", autouse=True, params=_native.simd_levels())
+def simd(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _native.simd()
+    _native.set_simd(request.param)
+    yield request.param
+    _native.set_simd(before)
+
+
+@pytest.fixture
+def fastest_only(simd: str) -> None:
+    """For long tests of what does not depend on the instruction set."""
+    if simd != _native.simd_levels()[-1]:
+        pytest.skip("runs with the fastest instruction set alone")
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The eager expressions are tiny: threads only slow them down. Tests of threads set their own number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

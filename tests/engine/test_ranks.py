@@ -1,0 +1,83 @@
+"""Ranks against a full sort, and against top-k, with which they must agree always."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine.test_topk import DTYPES, METRICS, exact_scores
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastcompat as fc
+
+
+def from_topk(query, keys, targets, metric, exclude):
+    """Where each target stands in the full ranking."""
+    _, ids = fc.topk(query, keys, max(1, len(keys)), metric=metric, exclude=exclude, backend="native")
+    place = (ids[:, None] == targets[:, :, None]) & (targets[:, :, None] >= 0)
+    return torch.where(place.any(2), place.int().argmax(2), -1)
+
+
+@given(data=st.data())
+def test_ranks_are_the_places_in_topk(data):
+    rows, columns, dim, count = (data.draw(st.integers(1, size)) for size in (30, 300, 70, 9))
+    metric, dtype = data.draw(st.sampled_from(METRICS)), data.draw(st.sampled_from(DTYPES))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    torch.set_num_threads(data.draw(st.integers(1, 3)))
+    query, keys = torch.randn(rows, dim).to(dtype), torch.randn(columns, dim).to(dtype)
+    if data.draw(st.booleans()):
+        keys = keys[torch.randint(columns, (columns,))]
+    targets = torch.randint(-1, columns, (rows, count))
+    exclude = torch.randint(-1, columns, (rows,)) if data.draw(st.booleans()) else None
+    ours = fc.ranks(query, keys, targets, metric=metric, exclude=exclude, backend="native")
+    assert ours.dtype == torch.int64
+    assert torch.equal(ours, from_topk(query, keys, targets, metric, exclude))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_near_ties_agree_with_topk(metric, dtype):
+    query = torch.randn(6, 64).to(dtype)
+    keys = (torch.randn(1, 64) + 1e-6 * torch.randn(700, 64)).to(dtype)
+    targets = torch.arange(700).expand(6, 700)
+    ours = fc.ranks(query, keys, targets, metric=metric)
+    assert torch.equal(ours, from_topk(query, keys, targets, metric, None))
+    assert torch.equal(ours.sort(dim=1).values, targets)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_small_whole_numbers_are_a_stable_sort(metric, backend):
+    query, keys = torch.randint(-2, 3, (25, 6)).float(), torch.randint(-2, 3, (300, 6)).float()
+    targets = torch.randint(300, (25, 40))
+    order = exact_scores(query, keys, metric).argsort(dim=1, descending=True, stable=True)
+    assert torch.equal(
+        fc.ranks(query, keys, targets, metric=metric, backend=backend), order.argsort(1).gather(1, targets)
+    )
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_padding_exclusion_and_ties(backend):
+    """Keys 1, 2 and 4 are one vector; key 2 does not count."""
+    query, keys = torch.tensor([[1.0]]), torch.tensor([[3.0], [2.0], [2.0], [1.0], [2.0]])
+    targets = torch.tensor([[0, 1, 2, 3, 4, -1]])
+    ours = fc.ranks(query, keys, targets, metric="ip", exclude=torch.tensor([2]), backend=backend)
+    assert ours.tolist() == [[0, 1, -1, 3, 2, -1]]
+    ours = fc.ranks(query, keys, targets, metric="ip", backend=backend)
+    assert ours.tolist() == [[0, 1, 2, 4, 3, -1]]
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("columns", [0, 5])
+@pytest.mark.parametrize("count", [0, 2])
+def test_empty_inputs(rows, columns, count):
+    targets = torch.full((rows, count), -1)
+    ours = fc.ranks(torch.randn(rows, 4), torch.randn(columns, 4), targets)
+    assert torch.equal(ours, targets)
+
+
+def test_float64_takes_the_reference():
+    query, keys = torch.randn(9, 24).double(), torch.randn(80, 24).double()
+    targets = torch.arange(80).expand(9, 80)
+    order = exact_scores(query, keys, "cosine").argsort(dim=1, descending=True, stable=True)
+    assert torch.equal(fc.ranks(query, keys, targets), order.argsort(1))

@@ -1,0 +1,59 @@
+"""What search accepts and returns: NumPy arrays, and a refusal of NaN that names the row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fastcompat as fc
+
+BACKENDS = ["native", "reference"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("side", "row"), [("query", 3), ("keys", 0), ("keys", 517), ("keys", 599)])
+def test_nan_and_inf_are_refused_by_name_and_row(side, row, dtype, backend, bad):
+    given = {"query": torch.randn(9, 33).to(dtype), "keys": torch.randn(600, 33).to(dtype)}
+    given[side][row, 32] = bad
+    given[side][row + 1 :, 5] = bad
+    with pytest.raises(ValueError, match=rf"`{side}` must be finite: row {row} holds NaN or inf"):
+        fc.topk(**given, k=5, backend=backend)
+    targets = torch.zeros(9, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"`{side}` must be finite: row {row} holds NaN or inf"):
+        fc.ranks(**given, targets=targets, backend=backend)
+
+
+def test_the_engine_works_after_a_refusal():
+    keys = torch.randn(600, 33)
+    bad = keys.clone()
+    bad[77] = torch.nan
+    before = fc.topk(keys, keys, 5)
+    with pytest.raises(ValueError, match="row 77"):
+        fc.topk(keys, bad, 5)
+    assert torch.equal(fc.topk(keys, keys, 5)[1], before[1])
+
+
+def test_numpy_in_numpy_out(tmp_path):
+    query, keys = torch.randn(5, 8), torch.randn(40, 8)
+    y, w = torch.randint(3, (5,)), torch.randint(3, (40,))
+    expected = fc.topk(query, keys, 4, query_labels=y, key_labels=w)
+    np.save(tmp_path / "keys.npy", keys.numpy())
+    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
+    for gallery in (keys.numpy(), mapped, keys.numpy()[::-1].copy()[::-1]):
+        found = fc.topk(query.numpy(), gallery, 4, query_labels=y.numpy(), key_labels=w.numpy())
+        assert all(isinstance(part, np.ndarray) for part in found)
+        assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
+    targets = expected[1].numpy()
+    ranks = fc.ranks(query.numpy(), mapped, targets)
+    assert isinstance(ranks, np.ndarray)
+    assert np.array_equal(ranks, fc.ranks(query, keys, expected[1]))
+
+
+def test_a_read_only_gallery_gives_no_warning(recwarn):
+    keys = np.random.default_rng(0).standard_normal((40, 8), dtype=np.float32)
+    keys.flags.writeable = False
+    fc.topk(keys, keys, 2)
+    assert not recwarn.list
