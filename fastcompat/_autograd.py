@@ -99,7 +99,7 @@ def softmax_stats(
     exclude: Tensor | None,
 ) -> SoftmaxStats:
     """The native statistics, differentiable once in query, keys, scale and bias."""
-    _checks.plain_autograd()
+    _checks.no_transforms()
     factor, scale_tensor = (1.0, scale.float()) if isinstance(scale, Tensor) else (scale, None)
     arguments: tuple[Any, ...] = (
         query,

@@ -226,11 +226,11 @@ def give_back(result: tuple[Tensor, ...], given: object) -> Any:
     return tuple(part.numpy() for part in result) if isinstance(given, np.ndarray) else result
 
 
-def plain_autograd() -> None:
-    """Refuse torch.func transforms and forward-mode differentiation, which the native kernels do not know."""
+def no_transforms(*, forward_mode: bool = True) -> None:
+    """Refuse torch.func transforms and forward-mode derivatives, which the native kernels do not know."""
     if torch.compiler.is_compiling():
         return
-    if not eager() or torch.autograd.forward_ad._current_level >= 0:
+    if not eager() or (forward_mode and torch.autograd.forward_ad._current_level >= 0):
         raise RuntimeError(
             "fastcompat's native kernels do not run under torch.func transforms or forward-mode "
             'differentiation; call the function with backend="reference"'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -10,6 +10,13 @@ from . import _checks, _ops, reference
 from .reference import Segment
 
 Names = Sequence[tuple[str, str]]
+
+
+def _kernel(name: str, native: bool) -> Callable[..., Tensor]:
+    if native:
+        _checks.no_transforms(forward_mode=False)
+    kernel: Callable[..., Tensor] = getattr(_ops if native else reference, name)
+    return kernel
 
 
 def topk(
@@ -24,12 +31,13 @@ def topk(
     names: Names = (("query", "keys"),),
 ) -> tuple[Tensor, Tensor]:
     """Best k over one or more segments (`reference.topk`); `names[s]` is what the caller calls segment s."""
-    segments = [part._replace(query=part.query.detach(), keys=part.keys.detach()) for part in segments]
+    segments = [Segment(p.query.detach(), p.keys.detach(), p.rows, p.scale, p.offset) for p in segments]
     try:
         if not native:
             return reference.topk(segments, k, metric, query_labels, key_labels, exclude)
         query, keys, rows, scale, offset = map(list, zip(*segments, strict=True))
         chosen = [part for part in rows if part is not None]
+        _checks.no_transforms(forward_mode=False)
         sets = (query_labels, key_labels, exclude)
         found: tuple[Tensor, Tensor] = _ops.topk(query, keys, chosen, scale, offset, k, metric, *sets)
         return found
@@ -47,7 +55,7 @@ def pair_scores(
     names: Names = (("query", "keys"),),
 ) -> Tensor:
     """Score of the pairs (i, ids[i, p]) (`reference.pair_scores`)."""
-    kernel = _ops.pair_scores if native else reference.pair_scores
+    kernel = _kernel("pair_scores", native)
     try:
         return kernel(query.detach(), keys.detach(), ids, metric)
     except _checks.NonFiniteError as error:
@@ -68,7 +76,7 @@ def count_beats(
     names: Names = (("query", "keys"),),
 ) -> Tensor:
     """How many keys beat each threshold, per block of the walk (`reference.count_beats`)."""
-    kernel = _ops.count_beats if native else reference.count_beats
+    kernel = _kernel("count_beats", native)
     try:
         return kernel(query.detach(), keys.detach(), rows, bounds, thresholds, threshold_ids, metric, exclude)
     except _checks.NonFiniteError as error:

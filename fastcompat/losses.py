@@ -65,6 +65,9 @@ class ContrastiveLoss(nn.Module):
             z = reference.logits(query, keys, parts.inverse_temperature(self.temperature))
             stats = reference.masked_stats(z, *pair_masks(indices_tuple, z))
             return parts.contrastive_from_stats(stats, self.positives, self.reduction)
+        if ref_labels is not None and (ref_emb is None or labels is None):
+            missing = "ref_emb" if ref_emb is None else "labels"
+            raise ValueError(f"`{missing}` must be given with `ref_labels`: got None")
         row = torch.arange(embeddings.shape[0], device=embeddings.device)
         positive, key_labels = None, labels
         if labels is None:

@@ -14,6 +14,7 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   ~Workspace();
   float* floats(int slot, int64_t count);  // 64-byte aligned, contents undefined
+  void trim();                             // gives large buffers back
   static constexpr int kCandidates = 11;   // the one slot that is not the kernels' own
 
  private:

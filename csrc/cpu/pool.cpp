@@ -13,6 +13,18 @@
 namespace fastcompat {
 namespace {
 
+// A thread's scratch memory stays with it between calls: small calls pay no page faults.
+struct Scratch {
+  Workspace& workspace;
+  Scratch() : workspace(of_thread()) {}
+  ~Scratch() { workspace.trim(); }
+
+  static Workspace& of_thread() {
+    thread_local Workspace workspace;
+    return workspace;
+  }
+};
+
 struct Job {
   const std::function<void(int64_t, Workspace&)>& fn;
   int64_t items;
@@ -26,8 +38,8 @@ struct Job {
 
   void work(std::mutex& mutex) {
     try {
-      Workspace workspace;
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) fn(i, workspace);
+      Scratch scratch;
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) fn(i, scratch.workspace);
     } catch (...) {
       next.store(items, std::memory_order_relaxed);
       std::lock_guard<std::mutex> lock(mutex);
@@ -112,8 +124,8 @@ Pool& pool() {
 void parallel_for(int64_t items, int threads, const std::function<void(int64_t, Workspace&)>& fn) {
   if (items <= 0) return;
   if (threads <= 1 || items == 1) {
-    Workspace workspace;
-    for (int64_t i = 0; i < items; ++i) fn(i, workspace);
+    Scratch scratch;
+    for (int64_t i = 0; i < items; ++i) fn(i, scratch.workspace);
     return;
   }
   const int64_t helpers = (items < threads ? items : threads) - 1;

@@ -26,6 +26,16 @@ void check(const SoftmaxProblem& p) {
   check_indices("exclude", p.exclude, p.query.rows, p.keys.rows);
 }
 
+// In double, with partial sums that vectors can hold.
+double dot(const float* a, const float* b, int64_t n) {
+  double sums[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= n; d += 8)
+    for (int j = 0; j < 8; ++j) sums[j] += static_cast<double>(a[d + j]) * b[d + j];
+  for (; d < n; ++d) sums[0] += static_cast<double>(a[d]) * b[d];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 std::unique_ptr<Groups> groups_of(const SoftmaxProblem& p) {
   if (!p.query_labels) return nullptr;
   return std::make_unique<Groups>(p.query_labels, p.query.rows, p.key_labels, p.keys.rows);
@@ -147,13 +157,12 @@ void positives_by_index(const SoftmaxProblem& p, const SoftmaxStats& out) {
   std::vector<float> q(D), key(D);
   for (int64_t i = 0; i < p.query.rows; ++i) {
     const int64_t j = chosen_positive(p, i);
-    double dot = 0;
+    double logit = 0;
     if (j >= 0) {
       k.load_row(q.data(), p.query, i);
       k.load_row(key.data(), p.keys, j);
-      for (int64_t d = 0; d < D; ++d) dot += static_cast<double>(q[d]) * key[d];
+      logit = p.scale * dot(q.data(), key.data(), D) + (p.bias ? p.bias[j] : 0.0f);
     }
-    const double logit = p.scale * dot + (j >= 0 && p.bias ? p.bias[j] : 0.0f);
     out.pos_count[i] = j >= 0;
     out.pos_lse[i] = j >= 0 ? static_cast<float>(logit) : -kInf;
     out.pos_sum[i] = j >= 0 ? static_cast<float>(logit) : 0.0f;
@@ -244,9 +253,7 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
     const float* ui = u.data() + i * D;
     if (dquery) k.store_row(dquery, p.query.dtype, i, ui, D, p.scale);
     k.load_row(row.data(), p.query, i);
-    double dot = 0;
-    for (int64_t d = 0; d < D; ++d) dot += static_cast<double>(row[d]) * ui[d];
-    dscale[i] = static_cast<float>(dot);
+    dscale[i] = static_cast<float>(dot(row.data(), ui, D));
   }
 }
 

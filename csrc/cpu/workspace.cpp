@@ -21,4 +21,14 @@ float* Workspace::floats(int slot, int64_t count) {
   return static_cast<float*>(data_[slot]);
 }
 
+void Workspace::trim() {
+  constexpr int64_t kKept = 1 << 20;
+  for (int slot = 0; slot < kSlots; ++slot)
+    if (capacity_[slot] > kKept) {
+      std::free(data_[slot]);
+      data_[slot] = nullptr;
+      capacity_[slot] = 0;
+    }
+}
+
 }  // namespace fastcompat

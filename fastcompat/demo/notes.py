@@ -97,8 +97,8 @@ def notes(found: Upgrade) -> list[tuple[str, str]]:
             "Lost (negative flips)",
             "Share of all queries whose first result was right under the old system and is wrong now. An "
             "average that rises can hide them, and they are what users complain about: no regret on average "
-            "is not no regret for every query. The independent model starts at zero by construction: at 0 % it "
-            "still is the old system.",
+            "is not no regret for every query. The independent model starts at zero by construction: at 0 % "
+            "it still is the old system.",
         ),
         (
             "Area and mean",

@@ -26,6 +26,17 @@ def test_nan_and_inf_are_refused_by_name_and_row(side, row, dtype, backend, bad)
         fc.ranks(**given, targets=targets, backend=backend)
 
 
+def test_transforms_name_the_way_out():
+    def best(x, backend="auto"):
+        return fc.topk(x, keys, 2, backend=backend)[1]
+
+    queries, keys = torch.randn(3, 5, 8), torch.randn(9, 8)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        torch.func.vmap(best)(queries)
+    expected = torch.stack([best(x) for x in queries])
+    assert torch.equal(torch.func.vmap(lambda x: best(x, "reference"))(queries), expected)
+
+
 def test_the_engine_works_after_a_refusal():
     keys = torch.randn(600, 33)
     bad = keys.clone()

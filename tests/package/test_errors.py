@@ -253,6 +253,16 @@ def module(loss, *rest, **named):
         "`ref_labels` must have one entry per row of `ref_emb`: got 4 and 9",
     ),
     (
+        module(losses.ContrastiveLoss(), Y, ref_labels=Y),
+        ValueError,
+        "`ref_emb` must be given with `ref_labels`: got None",
+    ),
+    (
+        module(losses.ContrastiveLoss(), ref_emb=Q, ref_labels=Y),
+        ValueError,
+        "`labels` must be given with `ref_labels`: got None",
+    ),
+    (
         module(losses.ContrastiveLoss(), W),
         ValueError,
         "`labels` must have one entry per row of `embeddings`: got 9 and 4",
