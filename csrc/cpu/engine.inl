@@ -8,6 +8,8 @@
 // order matters
 #include "softmax.inl"
 // order matters
+#include "select.inl"
+// order matters
 #include "search.inl"
 
 namespace {
@@ -38,8 +40,7 @@ namespace fastcompat {
 
 extern const Kernels FASTCOMPAT_TABLE;
 const Kernels FASTCOMPAT_TABLE = {
-    FASTCOMPAT_NAME, STRIPS * L, forward_item, gradient_item, topk_item,
-    beats_item,      pairs_item, factors,      store_row,     load_row,
+    FASTCOMPAT_NAME, forward_item, gradient_item, topk_item, beats_item, pairs_item, factors, store_row, load_row,
 };
 
 }  // namespace fastcompat

@@ -73,11 +73,6 @@ struct SearchSegment {
   const float* key_factor;    // [count], by position
 };
 
-struct Candidate {
-  float score;
-  int32_t id;
-};
-
 struct TopkItem {
   const SearchSegment* segments;
   int n_segments;
@@ -86,9 +81,10 @@ struct TopkItem {
   int64_t begin, end;  // positions over all segments, one after the other
   int64_t k, capacity;
   TopkFilter filter;
-  Candidate* buffer;  // [n_queries, capacity]; the best min(k, found) first, in no order
-  int64_t* found;     // [n_queries]
-  float* shared;      // [B] a score that k keys of some item reach: prunes the other items, never changes a result
+  float* scores;  // [n_queries, capacity + 16]; the best min(k, found) first, in no order
+  int32_t* ids;
+  int64_t* found;  // [n_queries]
+  float* shared;   // [B] a score that k keys of some item reach: prunes the other items, never changes a result
 };
 
 struct BeatsItem {
@@ -116,7 +112,6 @@ struct PairItem {
 
 struct Kernels {
   const char* name;
-  int block_lanes;  // lanes that an item should hold: queries, or keys in the key gradient
   void (*forward)(const ForwardItem&, Workspace&);
   void (*gradient)(const GradientItem&, Workspace&);
   void (*topk)(const TopkItem&, Workspace&);
@@ -129,9 +124,6 @@ struct Kernels {
   void (*store_row)(void* out, DType dtype, int64_t row, const float* in, int64_t dim, float factor);
   void (*load_row)(float* out, const Matrix& in, int64_t row);
 };
-
-// Keeps the best k of n candidates in front, in no order (score down, then id up), the k-th best last.
-void keep_best(Candidate* candidates, int64_t n, int64_t k);
 
 const Kernels& kernels();  // of the instruction set in use
 

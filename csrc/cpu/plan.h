@@ -9,15 +9,23 @@ namespace fastcompat {
 
 constexpr int64_t kItems = 64;                 // items that keep many cores busy
 constexpr int64_t kPartialBytes = 32ll << 20;  // memory for partial results
+constexpr int64_t kPanelBytes = 1ll << 20;     // packed lanes and their sums in one item
 constexpr double kSerialWork = 4e6;            // products below which a second thread costs more than it gives
+
+constexpr int64_t kStep = 32;  // a multiple of every instruction set's strip
 
 struct Plan {
   int64_t block, blocks;  // lanes of an item, and how many such blocks
   int64_t rows, splits;   // streamed rows of an item, and how many such parts
 
-  Plan(int64_t lanes, int64_t streamed, int64_t block_lanes, int64_t bytes_per_split, int64_t smallest_part)
-      : block(block_lanes), blocks((lanes + block_lanes - 1) / block_lanes) {
-    const int64_t wanted = blocks ? (kItems + blocks - 1) / blocks : 1;
+  // Blocks of equal size, of at most 512 lanes: a packed row is used that often.
+  Plan(int64_t lanes, int64_t streamed, int64_t dim, int64_t bytes_per_split, int64_t smallest_part,
+       int64_t most_lanes = 512, int64_t items = kItems) {
+    const int64_t fits = std::min(most_lanes, kPanelBytes / (8 * std::max<int64_t>(1, dim)));
+    const int64_t most = std::clamp<int64_t>(fits, kStep, 512) / kStep * kStep;
+    blocks = (lanes + most - 1) / most;
+    block = blocks ? ((lanes + blocks - 1) / blocks + kStep - 1) / kStep * kStep : kStep;
+    const int64_t wanted = blocks ? (items + blocks - 1) / blocks : 1;
     const int64_t affordable = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, bytes_per_split));
     const int64_t useful = std::max<int64_t>(1, streamed / smallest_part);
     const int64_t parts = std::min({wanted, affordable, useful});

@@ -13,6 +13,11 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kFactorRows = 512;
 constexpr int64_t kBufferBytes = 16ll << 20;  // candidates of one thread
 
+struct Candidate {
+  float score;
+  int32_t id;
+};
+
 bool better(const Candidate& a, const Candidate& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
 
 void check_rows(const char* name, const int64_t* index, int64_t count, int64_t rows) {
@@ -59,10 +64,6 @@ struct Prepared {
 
 }  // namespace
 
-void keep_best(Candidate* candidates, int64_t n, int64_t k) {
-  if (k > 0 && k <= n) std::nth_element(candidates, candidates + k - 1, candidates + n, better);
-}
-
 void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
           int64_t* ids, int threads) {
   const Kernels& kernel = kernels();
@@ -70,23 +71,24 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
   std::vector<Prepared> prepared;
   std::vector<SearchSegment> parts;
   prepared.reserve(segments.size());
-  int64_t total = 0, words = 0;
+  int64_t total = 0, dim = 0;
   for (const Segment& s : segments) {
     check_sizes(s);
     check_rows("exclude", filter.exclude, B, s.keys.rows);
     prepared.emplace_back(s, metric, static_cast<int>(prepared.size()), threads);
     parts.push_back(prepared.back().segment);
     total += s.count;
-    words = std::max(words, s.query.dim);
+    dim = std::max(dim, s.query.dim);
   }
   const int64_t wanted = std::min(k, total), capacity = std::max<int64_t>(2 * wanted, 16);
   const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
-  const int64_t block = std::max<int64_t>(1, std::min<int64_t>(kernel.block_lanes, fits));
-  const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096);
+  // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
+  const int64_t items = threads == 1 ? 1 : 4 * threads;
+  const Plan plan(B, total, dim, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096, fits, items);
   std::vector<Candidate> best(plan.splits * B * wanted);
   std::vector<int64_t> found(plan.splits * B);
   std::vector<float> shared(B, -kInf);
-  threads = threads_for(threads, B, total, words);
+  threads = threads_for(threads, B, total, dim);
   parallel_for(plan.items(), threads, [&](int64_t n, Workspace& ws) {
     const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
     TopkItem item{};
@@ -100,13 +102,16 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
     item.k = wanted;
     item.capacity = capacity;
     item.filter = filter;
-    item.buffer = reinterpret_cast<Candidate*>(ws.floats(
-        Workspace::kCandidates, item.n_queries * capacity * static_cast<int64_t>(sizeof(Candidate) / sizeof(float))));
+    const int64_t room = item.n_queries * (capacity + 16);
+    item.scores = ws.floats(Workspace::kCandidates, 2 * room);
+    item.ids = reinterpret_cast<int32_t*>(item.scores + room);
     item.found = found.data() + split * B + first;
     item.shared = shared.data();
     kernel.topk(item, ws);
     for (int64_t q = 0; q < item.n_queries; ++q)
-      std::copy_n(item.buffer + q * capacity, item.found[q], best.data() + (split * B + first + q) * wanted);
+      for (int64_t c = 0; c < item.found[q]; ++c)
+        best[(split * B + first + q) * wanted + c] = {item.scores[q * (capacity + 16) + c],
+                                                      item.ids[q * (capacity + 16) + c]};
   });
   constexpr int64_t kRows = 16;
   parallel_for((B + kRows - 1) / kRows, threads, [&](int64_t n, Workspace&) {
@@ -148,9 +153,10 @@ void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t ta
   for (size_t n = 0; n < used.size(); ++n) key_factor[used[n]] = used_factor[n];
   const SearchSegment segment{s.query,          s.keys, nullptr, s.keys.rows, s.scale, s.offset, query_factor.data(),
                               key_factor.data()};
-  const int64_t block = kernel.block_lanes;
-  parallel_for((B + block - 1) / block, threads_for(threads, B, targets, s.query.dim), [&](int64_t n, Workspace& ws) {
-    kernel.pair_scores({&segment, metric, n * block, std::min(block, B - n * block), ids, targets, out}, ws);
+  const Plan plan(B, 0, s.query.dim, 0, 1);
+  parallel_for(plan.blocks, threads_for(threads, B, targets, s.query.dim), [&](int64_t n, Workspace& ws) {
+    kernel.pair_scores({&segment, metric, n * plan.block, std::min(plan.block, B - n * plan.block), ids, targets, out},
+                       ws);
   });
 }
 
@@ -163,7 +169,7 @@ void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
   check_rows("exclude", exclude, B, s.keys.rows);
   std::fill(out, out + B * targets * blocks, 0);
   const Prepared prepared(s, metric, 0, threads);
-  const Plan plan(B, s.count, kernel.block_lanes, 1, 4096);
+  const Plan plan(B, s.count, s.query.dim, 1, 4096);
   parallel_for(plan.items(), threads_for(threads, B, s.count, s.query.dim), [&](int64_t n, Workspace& ws) {
     const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
     BeatsItem item{&prepared.segment,

@@ -160,11 +160,11 @@ struct TopkState {
   float* threshold;  // [strips * L]; a score must be above
   bool ids_ascend;   // ids only grow so far: a tie with the k-th best loses
 
+  int64_t at(int64_t q) const { return q * (item.capacity + 16); }
+
   void tighten(int64_t q) {
-    Candidate* best = item.buffer + q * item.capacity;
-    keep_best(best, item.found[q], item.k);
+    const float kth = keep_best(item.scores + at(q), item.ids + at(q), item.found[q], item.k);
     item.found[q] = item.k;
-    const float kth = item.k ? best[item.k - 1].score : kInf;
     threshold[q] = ids_ascend ? kth : just_below(kth);
     float* shared = item.shared + item.first_query + q;
     float seen;
@@ -188,7 +188,9 @@ struct TopkState {
     const int64_t query = item.first_query + q;
     if (f.exclude && f.exclude[query] == id) return;
     if (f.query_labels && f.query_labels[query] >= 0 && f.query_labels[query] == f.key_labels[id]) return;
-    item.buffer[q * item.capacity + item.found[q]++] = {score, id};
+    const int64_t n = item.found[q]++;
+    item.scores[at(q) + n] = score;
+    item.ids[at(q) + n] = id;
     if (item.found[q] == item.capacity) tighten(q);
   }
 };
@@ -206,6 +208,7 @@ void topk_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, i
     for (int t = 0; t < queries.strips; ++t) {
       float* threshold = state.threshold + t * L;
       state.refresh(t);
+      prefetch_rows(keys, first + NB, t, queries.strips);
       for (int from = 0; from < n; from += MR)
         with_count<MR>(smaller(n - from, MR), [&](auto rows) {
           constexpr int R = decltype(rows)::value;
@@ -220,19 +223,21 @@ void topk_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, i
             any |= Simd::bits(Simd::gt(top, Simd::load(threshold + v * W)));
           }
           if (!any) return;
-          float scores[R * L];
+          float scores[R * L + W];
+          int32_t places[R * L + W];
+          int hits = 0;
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r)
-            for (int v = 0; v < NV; ++v) Simd::store(scores + r * L + v * W, acc[r][v]);
-          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
-              const F row = Simd::load(scores + r * L + v * W);
-              uint32_t hits = Simd::bits(Simd::gt(row, Simd::load(threshold + v * W)));
-              for (; hits; hits &= hits - 1) {
-                const int lane = v * W + __builtin_ctz(hits);
-                state.offer(t * L + lane, scores[r * L + lane], id_at(s, first + from + r));
-              }
+              const M above = Simd::gt(acc[r][v], Simd::load(threshold + v * W));
+              hits += Simd::append(above, acc[r][v], r * L + v * W, scores + hits, places + hits);
             }
+          for (int h = 0; h < hits; ++h) {
+            const int lane = places[h] % L;
+            if (scores[h] > threshold[lane])  // it may have risen since
+              state.offer(t * L + lane, scores[h], id_at(s, first + from + places[h] / L));
+          }
         });
     }
   }

@@ -21,16 +21,30 @@ struct Simd {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }  // b when either is NaN
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
-  static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F times_pow2(F a, F n) {  // a * 2^n for integral n in [-127, 128]
-    I e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return mul(a, _mm256_castsi256_ps(e));
+  // t - floor(t) and p * 2^floor(t); infinite above 128, 0 below -126 (no subnormals: they are slow), NaN kept.
+  static F fraction(F t) { return sub(clamp(t), _mm256_floor_ps(clamp(t))); }
+  static F times_pow2(F p, F t) {
+    I e =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(clamp(t))), _mm256_set1_epi32(127)), 23);
+    return mul(p, _mm256_castsi256_ps(e));
   }
+  static F clamp(F t) { return max(set1(-127.0f), min(set1(128.0f), t)); }
   static M gt(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
   static M eq(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static M eq(I a, I b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
   static F select(M m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
   static uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+  // Appends the chosen lanes and their numbers (from `first`) to two lists that have room for W more; returns how many.
+  static int append(M m, F a, int32_t first, float* values, int32_t* numbers) {
+    float lanes[W];
+    store(lanes, a);
+    int n = 0;
+    for (uint32_t chosen = bits(m); chosen; chosen &= chosen - 1, ++n) {
+      values[n] = lanes[__builtin_ctz(chosen)];
+      numbers[n] = first + __builtin_ctz(chosen);
+    }
+    return n;
+  }
   static I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static I set1(int32_t a) { return _mm256_set1_epi32(a); }

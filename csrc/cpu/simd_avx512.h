@@ -21,16 +21,23 @@ struct Simd {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b when either is NaN
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
-  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F times_pow2(F a, F n) {  // a * 2^n for integral n in [-127, 128]
-    I e = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
-    return mul(a, _mm512_castsi512_ps(e));
+  // t - floor(t) and p * 2^floor(t); infinite above 128, 0 below -126 (no subnormals: they are slow), NaN kept.
+  static F fraction(F t) { return _mm512_reduce_ps(min(set1(128.0f), t), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static F times_pow2(F p, F t) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, set1(-126.0f), _CMP_NLT_UQ), p, min(set1(128.0f), t));
   }
   static M gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static M eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static M eq(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
   static F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
   static uint32_t bits(M m) { return m; }
+  // Appends the chosen lanes and their numbers (from `first`) to two lists that have room for W more; returns how many.
+  static int append(M m, F a, int32_t first, float* values, int32_t* numbers) {
+    const I lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(m, a));
+    _mm512_storeu_si512(numbers, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lane, set1(first))));
+    return __builtin_popcount(m);
+  }
   static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
   static I set1(int32_t a) { return _mm512_set1_epi32(a); }

@@ -27,21 +27,35 @@ struct Simd {
   static F mul(F a, F b) { return a * b; }
   static F max(F a, F b) { return a > b ? a : b; }  // b when either is NaN
   static F min(F a, F b) { return a < b ? a : b; }
-  static F round(F a) {  // half to even for |a| < 2^22, which is all that exp2 asks
-    const F magic = set1(12582912.0f);
-    return (a + magic) - magic;
-  }
-  static F times_pow2(F a, F n) {  // a * 2^n for integral n in [-127, 128]
-    I e = (__builtin_convertvector(n, I) + 127) << 23;
+  // t - floor(t) and p * 2^floor(t); infinite above 128, 0 below -126 (no subnormals: they are slow), NaN kept.
+  static F fraction(F t) { return clamp(t) - floor(clamp(t)); }
+  static F times_pow2(F p, F t) {
+    I e = (__builtin_convertvector(floor(clamp(t)), I) + 127) << 23;
     F scale;
     std::memcpy(&scale, &e, sizeof scale);
-    return a * scale;
+    return p * scale;
+  }
+  static F clamp(F t) { return max(set1(-127.0f), min(set1(128.0f), t)); }
+  static F floor(F t) {  // of |t| < 2^22, which is all that exponentials ask
+    const F magic = set1(12582912.0f), rounded = (t + magic) - magic;
+    return rounded > t ? rounded - 1.0f : rounded;
   }
   static M gt(F a, F b) { return a > b; }
   static M eq(F a, F b) { return a == b; }
   static M eq(I a, I b) { return a == b; }
   static F select(M m, F yes, F no) { return m ? yes : no; }
   static uint32_t bits(M m) { return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u); }
+  // Appends the chosen lanes and their numbers (from `first`) to two lists that have room for W more; returns how many.
+  static int append(M m, F a, int32_t first, float* values, int32_t* numbers) {
+    float lanes[W];
+    store(lanes, a);
+    int n = 0;
+    for (uint32_t chosen = bits(m); chosen; chosen &= chosen - 1, ++n) {
+      values[n] = lanes[__builtin_ctz(chosen)];
+      numbers[n] = first + __builtin_ctz(chosen);
+    }
+    return n;
+  }
   static I load(const int32_t* p) {
     I a;
     std::memcpy(&a, p, sizeof a);

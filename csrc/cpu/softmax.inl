@@ -161,9 +161,11 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
     const int n = static_cast<int>(smaller<int64_t>(keys.count - first, NB));
     pack_rows<A>(keys, first, n, rows);
     const float* pairs = means ? pair_rows<A>(rows, keys, first, n, ws) : nullptr;
-    for (int t = 0; t < strips; ++t)
+    for (int t = 0; t < strips; ++t) {
+      prefetch_rows(keys, first + NB, t, strips);
       forward_block<A>(item, first, n, rows, pairs, panels + t * words * L, states[t],
                        means ? means + t * dim * L : nullptr, z);
+    }
   }
 
   for (int t = 0; t < strips; ++t)

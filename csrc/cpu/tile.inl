@@ -14,12 +14,11 @@ using I = Simd::I;
 using M = Simd::M;
 
 constexpr int W = Simd::W;
-constexpr int NV = 2;                              // vectors of lanes in a strip
-constexpr int L = NV * W;                          // lanes of a strip
-constexpr int MR = Simd::MR;                       // rows of a register tile
-constexpr int NB = MR * (MR > 8 ? 8 : 16);         // rows of a packed block, even
-constexpr int CHUNK = 64;                          // words of a row that lie together
-constexpr int STRIPS = 128 / L > 8 ? 8 : 128 / L;  // strips of a query block
+constexpr int NV = 2;                       // vectors of lanes in a strip
+constexpr int L = NV * W;                   // lanes of a strip
+constexpr int MR = Simd::MR;                // rows of a register tile
+constexpr int NB = MR * (MR > 8 ? 8 : 16);  // rows of a packed block, even
+constexpr int CHUNK = 64;                   // words of a row that lie together
 
 constexpr float kInf = __builtin_inff();
 
@@ -152,6 +151,16 @@ void pack_rows(const RowRange& r, int64_t first, int n, float* block) {
   }
 }
 
+// Asks for part t of the parts of the block at `first`, so that packing it later finds it in the cache.
+inline void prefetch_rows(const RowRange& r, int64_t first, int t, int parts) {
+  const int n = static_cast<int>(smaller<int64_t>(r.count - first, NB));
+  const int64_t bytes = r.matrix.dim * (r.matrix.dtype == DType::f32 ? 4 : 2);
+  for (int i = n * t / parts; i < n * (t + 1) / parts; ++i) {
+    const char* row = static_cast<const char*>(row_pointer(r.matrix, r.row(first + i)));
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+  }
+}
+
 // The block as the weighted sum wants it: one word per dimension, holding A::PACK rows. fp32: the block itself.
 template <class A>
 const float* pair_rows(const float* block, const RowRange& r, int64_t first, int n, Workspace& ws) {
@@ -272,19 +281,16 @@ void pair_weights(float* weights, int n) {
   }
 }
 
-// e^x with relative error below 1.2e-7, 0 below -88, NaN kept.
+// e^x with relative error below 1.2e-7; 0 where it would be subnormal, NaN kept.
 inline F exp(F x) {
-  F t = Simd::mul(x, Simd::set1(1.44269504f));
-  t = Simd::min(Simd::set1(128.0f), t);
-  t = Simd::max(Simd::set1(-127.0f), t);
-  const F n = Simd::round(t), f = Simd::sub(t, n);
-  F p = Simd::set1(0x1.44138ap-13f);
-  p = Simd::fma(p, f, Simd::set1(0x1.5f0890p-10f));
-  p = Simd::fma(p, f, Simd::set1(0x1.3b2a54p-7f));
-  p = Simd::fma(p, f, Simd::set1(0x1.c6af6cp-5f));
-  p = Simd::fma(p, f, Simd::set1(0x1.ebfbe0p-3f));
+  const F t = Simd::mul(x, Simd::set1(1.44269504f)), f = Simd::fraction(t);
+  F p = Simd::set1(0x1.b49554p-13f);
+  p = Simd::fma(p, f, Simd::set1(0x1.4cb7b0p-10f));
+  p = Simd::fma(p, f, Simd::set1(0x1.3c487cp-7f));
+  p = Simd::fma(p, f, Simd::set1(0x1.c69f98p-5f));
+  p = Simd::fma(p, f, Simd::set1(0x1.ebfc3ep-3f));
   p = Simd::fma(p, f, Simd::set1(0x1.62e430p-1f));
-  return Simd::times_pow2(Simd::fma(p, f, Simd::set1(1.0f)), n);
+  return Simd::times_pow2(Simd::fma(p, f, Simd::set1(1.0f)), t);
 }
 
 }  // namespace
