@@ -208,8 +208,9 @@ void topk_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, i
     for (int t = 0; t < queries.strips; ++t) {
       float* threshold = state.threshold + t * L;
       state.refresh(t);
-      prefetch_rows(keys, first + NB, t, queries.strips);
-      for (int from = 0; from < n; from += MR)
+      const Ahead ahead{keys, first + NB, t, queries.strips};
+      for (int from = 0; from < n; from += MR) {
+        ahead.fetch(from / MR);
         with_count<MR>(smaller(n - from, MR), [&](auto rows) {
           constexpr int R = decltype(rows)::value;
           F acc[R][NV];
@@ -239,6 +240,7 @@ void topk_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, i
               state.offer(t * L + lane, scores[h], id_at(s, first + from + places[h] / L));
           }
         });
+      }
     }
   }
 }

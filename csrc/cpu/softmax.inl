@@ -112,9 +112,9 @@ inline void exponentials(StripState& s, float* z, int n) {
 
 template <class A>
 void forward_block(const ForwardItem& item, int64_t first, int n, const float* rows, const float* pairs,
-                   const float* panel, StripState& s, float* mean, float* z) {
+                   const float* panel, StripState& s, float* mean, float* z, const Ahead& ahead) {
   const int64_t dim = item.keys.matrix.dim;
-  score_block<A>(rows, n, panel, words_of(dim, A::PACK), z);
+  score_block<A>(rows, n, panel, words_of(dim, A::PACK), z, ahead);
   logits_of_block(item, item.keys, first, n, s, z);
   if (item.sum) {
     fill_holes(s, first, n, 0.0f, z);
@@ -162,9 +162,8 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
     pack_rows<A>(keys, first, n, rows);
     const float* pairs = means ? pair_rows<A>(rows, keys, first, n, ws) : nullptr;
     for (int t = 0; t < strips; ++t) {
-      prefetch_rows(keys, first + NB, t, strips);
       forward_block<A>(item, first, n, rows, pairs, panels + t * words * L, states[t],
-                       means ? means + t * dim * L : nullptr, z);
+                       means ? means + t * dim * L : nullptr, z, {keys, first + NB, t, strips});
     }
   }
 
@@ -273,7 +272,7 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
     const float* pairs = want_sums ? pair_rows<A>(rows, streamed, first, n, ws) : nullptr;
     for (int t = 0; t < strips; ++t) {
       const int count = static_cast<int>(smaller<int64_t>(lanes.count - t * L, L));
-      score_block<A>(rows, n, panels + t * words * L, words, z);
+      score_block<A>(rows, n, panels + t * words * L, words, z, {streamed, first + NB, t, strips});
       if (item.lanes_are_queries)
         coefficients_of_queries(item, first, n, t * L, count, z);
       else

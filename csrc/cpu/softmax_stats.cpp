@@ -263,7 +263,8 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
   const int64_t B = p.query.rows, N = p.keys.rows, D = p.query.dim;
   const CleanGrads g(grads, B);
   const std::unique_ptr<Groups> groups = groups_of(p);
-  const Plan plan(N, B, D, N * (dkeys ? D + 1 : 1) * 4, kSmallestPart / 8);
+  // A split costs another [N, D] of sums, so here few items must do.
+  const Plan plan(N, B, D, N * (dkeys ? D + 1 : 1) * 4, kSmallestPart / 8, 512, kItems / 4);
   const bool split = plan.splits > 1;
   std::vector<float> sums(split && dkeys ? plan.splits * N * D : 0), bias(split && dbias ? plan.splits * N : 0);
   if (dbias) std::fill(dbias, dbias + N, 0.0f);

@@ -151,15 +151,24 @@ void pack_rows(const RowRange& r, int64_t first, int n, float* block) {
   }
 }
 
-// Asks for part t of the parts of the block at `first`, so that packing it later finds it in the cache.
-inline void prefetch_rows(const RowRange& r, int64_t first, int t, int parts) {
-  const int n = static_cast<int>(smaller<int64_t>(r.count - first, NB));
-  const int64_t bytes = r.matrix.dim * (r.matrix.dtype == DType::f32 ? 4 : 2);
-  for (int i = n * t / parts; i < n * (t + 1) / parts; ++i) {
-    const char* row = static_cast<const char*>(row_pointer(r.matrix, r.row(first + i)));
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+// The next block, fetched into the cache a little with every tile, so that packing it finds it there.
+struct Ahead {
+  const RowRange& rows;
+  int64_t first;
+  int strip, strips;
+
+  // Always inlined: gcc takes a function of prefetches alone for one without effect, and drops its calls.
+  inline __attribute__((always_inline)) void fetch(int tile) const {
+    constexpr int kTiles = NB / MR;
+    const int n = static_cast<int>(smaller<int64_t>(rows.count - first, NB)), parts = strips * kTiles;
+    const int64_t bytes = rows.matrix.dim * (rows.matrix.dtype == DType::f32 ? 4 : 2);
+    const int part = strip * kTiles + tile;
+    for (int i = n * part / parts; i < n * (part + 1) / parts; ++i) {
+      const char* row = static_cast<const char*>(row_pointer(rows.matrix, rows.row(first + i)));
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+    }
   }
-}
+};
 
 // The block as the weighted sum wants it: one word per dimension, holding A::PACK rows. fp32: the block itself.
 template <class A>
@@ -219,10 +228,11 @@ inline __attribute__((always_inline)) void score_tile(const float* block, int fi
                           smaller<int64_t>(words - c * CHUNK, CHUNK), acc);
 }
 
-// scores [n][L] of a whole packed block.
+// scores [n][L] of a whole packed block; meanwhile fetches part t of `strips` of the next one.
 template <class A>
-void score_block(const float* block, int n, const float* panel, int64_t words, float* scores) {
-  for (int first = 0; first < n; first += MR)
+void score_block(const float* block, int n, const float* panel, int64_t words, float* scores, const Ahead& ahead) {
+  for (int first = 0; first < n; first += MR) {
+    ahead.fetch(first / MR);
     with_count<MR>(smaller(n - first, MR), [&](auto rows) {
       constexpr int R = decltype(rows)::value;
       F acc[R][NV];
@@ -232,6 +242,7 @@ void score_block(const float* block, int n, const float* panel, int64_t words, f
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) Simd::store(scores + (first + r) * L + v * W, acc[r][v]);
     });
+  }
 }
 
 // out [dim][L] += sum over the rows of a block of row[dim] * weights[row][L]; rows and weights in words of A::PACK
