@@ -74,7 +74,8 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
 // out [B, P]: score of (i, ids[i, p]), bit for bit the score that topk and count_beats see; id -1 gives -inf.
 void pair_scores(const Segment& segment, Metric metric, const int64_t* ids, int64_t targets, float* out, int threads);
 
-// out [B, P, T]: how many keys at positions [bounds[t], bounds[t+1]) beat (thresholds[i, p], threshold_ids[i, p]).
+// out [B, P, T]: how many keys, the threshold's own included, at positions [bounds[t], bounds[t+1]) beat (thresholds[i,
+// p], threshold_ids[i, p]).
 void count_beats(const Segment& segment, Metric metric, const int64_t* bounds, int64_t blocks, const float* thresholds,
                  const int64_t* threshold_ids, int64_t targets, const int64_t* exclude, int64_t* out, int threads);
 

@@ -6,17 +6,23 @@ from .backfill import BackfillCurve, backfill_curve
 from .evaluate import RetrievalMetrics, retrieval_metrics
 from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
+from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
 from .reference import SoftmaxStats
 
 __all__ = [
     "BackfillCurve",
+    "PrototypeBank",
     "RetrievalMetrics",
+    "RunningPrototypes",
     "SoftmaxStats",
     "backfill_curve",
     "build_info",
+    "class_prototypes",
     "functional",
     "losses",
     "mixed_topk",
+    "ndpp",
+    "odpp",
     "ranks",
     "retrieval_metrics",
     "softmax_stats",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import numpy as np
@@ -35,25 +36,37 @@ def refuse_nonfinite(error: NonFiniteError, names: Sequence[tuple[str, str]]) ->
 
 def choice(name: str, value: object, options: Sequence[str]) -> None:
     """`value` is one of `options`."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         expected = ", ".join(f'"{option}"' for option in options)
         raise ValueError(f"`{name}` must be one of {expected}: got {value!r}")
 
 
-def positive_int(name: str, value: object) -> None:
-    """`value` is a whole number of at least 1."""
+def whole(name: str, value: object) -> int:
+    """`value` as a whole number: Python's or NumPy's."""
+    if isinstance(value, np.integer):
+        return int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"`{name}` must be an int: got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1: got {value}")
+    return value  # type: ignore[return-value]
 
 
-def tensor(name: str, value: object) -> None:
-    """`value` is a torch tensor."""
+def positive_int(name: str, value: object) -> int:
+    """`value` as a whole number of at least 1."""
+    number = whole(name, value)
+    if number < 1:
+        raise ValueError(f"`{name}` must be at least 1: got {number}")
+    return number
+
+
+def tensor(name: str, value: object) -> Tensor:
+    """`value` as a dense torch tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"`{name}` must be a torch.Tensor: got {type(value).__name__}; convert it with torch.as_tensor"
         )
+    if value.layout != torch.strided:
+        raise TypeError(f"`{name}` must be dense: got {value.layout}; convert it with .to_dense() first")
+    return value
 
 
 def matrix(name: str, value: Tensor) -> None:
@@ -113,11 +126,19 @@ def rows(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def indices(name: str, value: Tensor | None, other_name: str, other: Tensor, dims: int = 1) -> None:
+def indices(
+    name: str,
+    value: Tensor | None,
+    other_name: str,
+    other: Tensor,
+    dims: int = 1,
+    *,
+    optional: bool = False,
+) -> None:
     """Labels or ids: int64, one entry (with `dims=2`: one row of entries) per row of `other`."""
-    if value is None:
+    if value is None and optional:
         return
-    tensor(name, value)
+    value = tensor(name, value)
     if value.dtype != torch.int64:
         raise TypeError(f"`{name}` must be int64: got {value.dtype}; convert it with `{name}.long()` first")
     if value.dim() != dims:
@@ -130,8 +151,8 @@ def indices(name: str, value: Tensor | None, other_name: str, other: Tensor, dim
 
 def labels(query: Tensor, keys: Tensor, query_labels: Tensor | None, key_labels: Tensor | None) -> None:
     """Labels of both sides, or of neither."""
-    indices("query_labels", query_labels, "query", query)
-    indices("key_labels", key_labels, "keys", keys)
+    indices("query_labels", query_labels, "query", query, optional=True)
+    indices("key_labels", key_labels, "keys", keys, optional=True)
     if (query_labels is None) != (key_labels is None):
         given, missing = ("key", "query") if query_labels is None else ("query", "key")
         raise ValueError(
@@ -156,16 +177,22 @@ def bias(value: Tensor | None, keys: Tensor, names: tuple[str, str] = ("bias", "
     same_device(name, value, other, keys)
 
 
-def scalar(name: str, value: object) -> None:
-    """A float, or a 0-dim floating point tensor."""
+def scalar(name: str, value: object, other_name: str, other: Tensor) -> float | Tensor:
+    """A float, or a 0-dim floating point tensor on the CPU or on the device of `other`."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
             raise ValueError(
                 f"`{name}` must be a float or a 0-dim floating point tensor: got shape {list(value.shape)}, "
                 f"{value.dtype}"
             )
-    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        if value.device.type != "cpu":
+            same_device(name, value, other_name, other)
+        return value
+    if isinstance(value, (np.floating, np.integer)):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"`{name}` must be a float or a 0-dim tensor: got {type(value).__name__}")
+    return value  # type: ignore[return-value]
 
 
 def takes_native(backend: str, query: Tensor) -> bool:
@@ -179,6 +206,13 @@ def takes_native(backend: str, query: Tensor) -> bool:
         why = f"{query.dtype}" if query.dtype not in NATIVE_DTYPES else f"the device {query.device}"
         raise ValueError(f'`backend="native"` does not cover {why}; use "auto" or "reference"')
     return False
+
+
+def no_kernel(backend: str, function: str) -> None:
+    """`backend` of a function that is plain PyTorch everywhere."""
+    choice("backend", backend, BACKENDS)
+    if backend == "native":
+        raise ValueError(f'`backend="native"` does not cover {function}, which is plain PyTorch; use "auto"')
 
 
 def eager() -> bool:
@@ -210,11 +244,14 @@ def as_tensor(name: str, value: Any) -> Tensor:
         return value
     if not isinstance(value, np.ndarray):
         raise TypeError(f"`{name}` must be a torch.Tensor or a NumPy array: got {type(value).__name__}")
-    if any(stride < 0 for stride in value.strides):
-        value = np.ascontiguousarray(value)
-    with warnings.catch_warnings():
-        # A memory-mapped gallery is read-only; nothing here writes to it.
-        warnings.filterwarnings("ignore", message=".*not writable.*")
+    plain = value.dtype.newbyteorder("=")
+    if value.dtype != plain or any(step < 0 or step % plain.itemsize for step in value.strides):
+        value = np.ascontiguousarray(value, dtype=plain)  # torch takes no such array
+    with ExitStack() as stack:
+        if not value.flags.writeable:
+            # A memory-mapped gallery is read-only; nothing here writes to it.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=".*not writable.*")
         try:
             return torch.from_numpy(value)
         except TypeError:

@@ -9,10 +9,12 @@ from torch import Tensor
 from . import _checks, _search
 from .reference import Segment, SoftmaxStats
 
+POSITIVES = ("sum_in_log", "mean_out")
 
-def inverse_temperature(temperature: float | Tensor) -> float | Tensor:
-    """The scale `1 / temperature`; a float must be above 0."""
-    _checks.scalar("temperature", temperature)
+
+def inverse_temperature(temperature: float | Tensor, name: str, beside: Tensor) -> float | Tensor:
+    """The scale `1 / temperature` for the embeddings `beside`, called `name`; a float must be above 0."""
+    temperature = _checks.scalar("temperature", temperature, name, beside)
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"`temperature` must be above 0: got {temperature}")
     return 1.0 / temperature
@@ -43,6 +45,30 @@ def paired_products(a: Tensor, b: Tensor, normalize: bool) -> Tensor:
     a, b = matched(a, b, normalize)
     wide = torch.promote_types(a.dtype, torch.float32)
     return (a.to(wide) * b.to(wide)).sum(1)
+
+
+def frozen_bias(name: str, value: Tensor | None, weight_name: str, weight: Tensor) -> Tensor | None:
+    """A frozen classifier's bias beside its `weight`: no gradient, float32 or wider."""
+    if value is None:
+        return None
+    _checks.tensor(name, value)
+    bias = value.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    _checks.bias(bias, weight, (name, weight_name))
+    return bias
+
+
+def class_targets(labels: Tensor, classes: int) -> Tensor:
+    """The column of each row's class [B], -1 for a negative label; a label of `classes` or more raises."""
+    target = labels.clamp(min=-1)
+    _checks.in_range("labels", target, classes)
+    return target
+
+
+def class_rows(matrix: Tensor, target: Tensor) -> Tensor:
+    """`matrix[target]` [B, D], any row where a target is -1 or too large (the caller spoils those)."""
+    if not matrix.shape[0]:
+        return matrix.new_zeros(target.shape[0], matrix.shape[1])
+    return matrix[target.clamp(0, matrix.shape[0] - 1)]
 
 
 def contrastive_from_stats(stats: SoftmaxStats, positives: str, reduction: str) -> Tensor:

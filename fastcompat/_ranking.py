@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -186,8 +187,6 @@ def average_precision(ranks: Tensor, relevant: Tensor, cut: int | Tensor | None 
 
 def cutoffs(ks: Sequence[int]) -> tuple[int, ...]:
     """`ks` as a tuple of positive whole numbers."""
-    if not isinstance(ks, (list, tuple, range)):
+    if not isinstance(ks, (list, tuple, range, np.ndarray)):
         raise TypeError(f"`ks` must be a sequence of ints: got {type(ks).__name__}; write ks=(1, 5, 10)")
-    for k in ks:
-        _checks.positive_int("ks", k)
-    return tuple(ks)
+    return tuple(_checks.positive_int("ks", k) for k in ks)

@@ -155,7 +155,7 @@ def backfill_curve(
         Space(query_new, new, ("query_new", "new"), metric, backend),
     )
     base = _baseline(baseline, mixed.old, metric, backend)
-    _checks.positive_int("states", states)
+    states, seed = _checks.positive_int("states", states), _checks.whole("seed", seed)
     if states < 2:
         raise ValueError(f"`states` must be at least 2, the old gallery and the new one: got {states}")
     ks = cutoffs(ks)

@@ -36,6 +36,10 @@ def main() -> None:
 @app.callback()
 def _command() -> None:
     """Replace an embedding model without downtime and without regret."""
+    try:
+        fc.build_info()
+    except ValueError as error:
+        _fail(str(error))
 
 
 @app.command()

@@ -98,7 +98,7 @@ def retrieval_metrics(
     space = Space(query, gallery, ("query", "gallery"), metric, backend)
     ks = cutoffs(ks)
     if map_at is not None:
-        _checks.positive_int("map_at", map_at)
+        map_at = _checks.positive_int("map_at", map_at)
     relevant = Relevant(space.query, space.gallery, query_labels, gallery_labels, exclude)
     space.refuse_nonfinite(relevant.counted)
 

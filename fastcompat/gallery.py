@@ -70,7 +70,7 @@ def mixed_topk(
     _checks.rows("new", pairs[1][1], "old", pairs[0][1])
     _checks.same_device("new", pairs[1][1], "old", pairs[0][1])
     done = _backfilled(backfilled, pairs[0][1])
-    _checks.positive_int("k", k)
+    k = _checks.positive_int("k", k)
     _checks.choice("metric", metric, _checks.METRICS)
     scales, offsets = _two_numbers("scale", scale), _two_numbers("offset", offset)
     native = all([_checks.takes_native(backend, query) for query, _ in pairs])

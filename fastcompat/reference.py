@@ -123,7 +123,7 @@ def scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
         q_inverse, k_inverse = (torch.where(x > 0, x.rsqrt(), 0.0) for x in (q_square, k_square))
         s = s * q_inverse[:, None] * k_inverse
     elif metric == "l2":
-        s = 2 * s - q_square[:, None] - k_square
+        s = (2 * s - q_square[:, None] - k_square).clamp(max=0)  # rounding can pass 0
     return s if query.dtype == torch.float64 else s.float()
 
 
@@ -194,8 +194,8 @@ def count_beats(
     """How many keys beat each threshold, per block of the walk over `rows` (None: all): int64 [B, P, T].
 
     Block t is the walk's positions bounds[t] .. bounds[t + 1]. A key beats a threshold with a greater score,
-    or with an equal score and a smaller id. The threshold's own id and `exclude` never count; id -1 counts
-    nothing.
+    or with an equal score and a smaller id; the threshold's own key is compared like any other. `exclude`
+    never counts; id -1 counts nothing.
     """
     order = torch.arange(keys.shape[0], device=keys.device) if rows is None else rows
     first, last = int(bounds[0]), int(bounds[-1])
@@ -207,7 +207,7 @@ def count_beats(
     for p in range(threshold_ids.shape[1]):
         own, bar = threshold_ids[:, p, None], thresholds[:, p, None]
         beats = (score > bar) | ((score == bar) & (order < own))
-        beats &= counted & (order != own) & (own >= 0)
+        beats &= counted & (own >= 0)
         walked = F.pad(beats.cumsum(1), (1, 0))  # [B, M + 1]
         counts[:, p] = walked[:, bounds[1:]] - walked[:, bounds[:-1]]
     return counts

@@ -6,6 +6,10 @@
 #include "half.h"
 #include "tile.inl"
 // order matters
+#ifdef FASTCOMPAT_AMX
+#include "amx.inl"
+#endif
+// order matters
 #include "softmax.inl"
 // order matters
 #include "select.inl"
@@ -14,24 +18,36 @@
 
 namespace {
 
+// Calls fn(A{}) with the arithmetic that this matrix wants.
+template <class Fn>
+inline auto with_softmax_arithmetic(const Matrix& m, Fn&& fn) {
+#if defined(FASTCOMPAT_AMX)
+  if (m.dtype == DType::bf16) return fn(Amx{});
+#elif defined(FASTCOMPAT_BF16)
+  if (m.dtype == DType::bf16) return fn(Bf16{});
+#endif
+  (void)m;
+  return fn(Fp32{});
+}
+
 void beats_item(const BeatsItem& item, Workspace& ws) {
-  with_arithmetic(item.segment->keys, [&](auto a) { beats_with<decltype(a)>(item, ws); });
+  with_search_arithmetic(item.segment->keys, [&](auto a) { beats_with<decltype(a)>(item, ws); });
 }
 
 void pairs_item(const PairItem& item, Workspace& ws) {
-  with_arithmetic(item.segment->keys, [&](auto a) { pairs_with<decltype(a)>(item, ws); });
+  with_search_arithmetic(item.segment->keys, [&](auto a) { pairs_with<decltype(a)>(item, ws); });
 }
 
 int64_t factors(const RowRange& r, Metric metric, float* out, Workspace& ws) {
-  return with_arithmetic(r.matrix, [&](auto a) { return factors_with<decltype(a)>(r, metric, out, ws); });
+  return with_search_arithmetic(r.matrix, [&](auto a) { return factors_with<decltype(a)>(r, metric, out, ws); });
 }
 
 void forward_item(const ForwardItem& item, Workspace& ws) {
-  with_arithmetic(item.keys.matrix, [&](auto a) { forward_with<decltype(a)>(item, ws); });
+  with_softmax_arithmetic(item.keys.matrix, [&](auto a) { forward_with<decltype(a)>(item, ws); });
 }
 
 void gradient_item(const GradientItem& item, Workspace& ws) {
-  with_arithmetic(item.lanes.matrix, [&](auto a) { gradient_with<decltype(a)>(item, ws); });
+  with_softmax_arithmetic(item.lanes.matrix, [&](auto a) { gradient_with<decltype(a)>(item, ws); });
 }
 
 }  // namespace

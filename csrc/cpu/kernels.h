@@ -80,8 +80,9 @@ struct TopkItem {
   int64_t first_query, n_queries;
   int64_t begin, end;  // positions over all segments, one after the other
   int64_t k, capacity;
+  int64_t room;  // places of a query: its capacity, and a vector to spare
   TopkFilter filter;
-  float* scores;  // [n_queries, capacity + 16]; the best min(k, found) first, in no order
+  float* scores;  // [n_queries, room]; the best min(k, found) first, in no order
   int32_t* ids;
   int64_t* found;  // [n_queries]
   float* shared;   // [B] a score that k keys of some item reach: prunes the other items, never changes a result

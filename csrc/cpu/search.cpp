@@ -102,16 +102,15 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
     item.k = wanted;
     item.capacity = capacity;
     item.filter = filter;
-    const int64_t room = item.n_queries * (capacity + 16);
-    item.scores = ws.floats(Workspace::kCandidates, 2 * room);
-    item.ids = reinterpret_cast<int32_t*>(item.scores + room);
+    item.room = capacity + 16;
+    item.scores = ws.floats(Workspace::kCandidates, 2 * item.n_queries * item.room);
+    item.ids = reinterpret_cast<int32_t*>(item.scores + item.n_queries * item.room);
     item.found = found.data() + split * B + first;
     item.shared = shared.data();
     kernel.topk(item, ws);
     for (int64_t q = 0; q < item.n_queries; ++q)
       for (int64_t c = 0; c < item.found[q]; ++c)
-        best[(split * B + first + q) * wanted + c] = {item.scores[q * (capacity + 16) + c],
-                                                      item.ids[q * (capacity + 16) + c]};
+        best[(split * B + first + q) * wanted + c] = {item.scores[q * item.room + c], item.ids[q * item.room + c]};
   });
   constexpr int64_t kRows = 16;
   parallel_for((B + kRows - 1) / kRows, threads, [&](int64_t n, Workspace&) {

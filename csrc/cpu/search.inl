@@ -5,6 +5,17 @@
 
 namespace {
 
+// Calls fn(A{}) with the arithmetic of scores for this matrix. Processors with AMX multiply fp32 faster than bf16
+// pairs.
+template <class Fn>
+inline auto with_search_arithmetic(const Matrix& m, Fn&& fn) {
+#if defined(FASTCOMPAT_BF16) && !defined(FASTCOMPAT_AMX)
+  if (m.dtype == DType::bf16) return fn(Bf16{});
+#endif
+  (void)m;
+  return fn(Fp32{});
+}
+
 // Squared norms of the rows packed in a panel, by the arithmetic of the scores: a row's distance to its duplicate is 0.
 template <class A>
 void squared_norms(const float* panel, int64_t words, float* out) {
@@ -39,7 +50,7 @@ inline double squared_norm(const float* row, int64_t dim) {
 
 template <class A>
 int64_t factors_with(const RowRange& r, Metric metric, float* out, Workspace& ws) {
-  const int64_t dim = r.matrix.dim, words = words_of(dim, A::PACK);
+  const int64_t dim = r.matrix.dim, words = words_of<A>(dim);
   float* line = ws.floats(kMisc, dim);
   for (int64_t i = 0; i < r.count; ++i) {
     const float* row = line;
@@ -83,10 +94,20 @@ struct LaneTerms {
   float multiply[L], add[L];
 };
 
-inline F finish_score(F dot, F a, F b, const LaneTerms& lane, int v, F scale, F offset) {
+// What a segment does to every score. `most` keeps rounding from making a distance negative.
+struct SegmentTerms {
+  F most, scale, offset;
+
+  SegmentTerms(const SearchSegment& s, Metric metric)
+      : most(Simd::set1(metric == Metric::l2 ? 0.0f : kInf)),
+        scale(Simd::set1(s.scale)),
+        offset(Simd::set1(s.offset)) {}
+};
+
+inline F finish_score(F dot, F a, F b, const LaneTerms& lane, int v, const SegmentTerms& s) {
   const F inner = Simd::fma(dot, a, b);
   const F score = Simd::fma(inner, Simd::load(lane.multiply + v * W), Simd::load(lane.add + v * W));
-  return Simd::fma(score, scale, offset);
+  return Simd::fma(Simd::min(s.most, score), s.scale, s.offset);
 }
 
 // A block of queries, packed for one segment.
@@ -98,7 +119,7 @@ struct PackedQueries {
   LaneTerms* terms;
 
   PackedQueries(const SearchSegment& s, Metric metric, int64_t first, int64_t count, Workspace& ws)
-      : strips(static_cast<int>((count + L - 1) / L)), words(words_of(s.query.dim, A::PACK)) {
+      : strips(static_cast<int>((count + L - 1) / L)), words(words_of<A>(s.query.dim)) {
     panels = ws.floats(kLanes, strips * words * L);
     terms = reinterpret_cast<LaneTerms*>(ws.floats(kState, strips * 2 * L));
     const RowRange range{s.query, nullptr, first, count};
@@ -129,16 +150,15 @@ struct BlockTerms {
 
 // Finished scores of R rows with a strip of queries.
 template <class A, int R>
-inline __attribute__((always_inline)) void finished_tile(const SearchSegment& s, const float* block, int first,
+inline __attribute__((always_inline)) void finished_tile(const SegmentTerms& s, const float* block, int first,
                                                          const PackedQueries<A>& queries, int t, const BlockTerms& keys,
                                                          F (&acc)[R][NV]) {
   score_tile<A, R>(block, first, queries.panel(t), queries.words, acc);
-  const F scale = Simd::set1(s.scale), offset = Simd::set1(s.offset);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     const F a = Simd::set1(keys.multiply[first + r]), b = Simd::set1(keys.add[first + r]);
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[r][v] = finish_score(acc[r][v], a, b, queries.terms[t], v, scale, offset);
+    for (int v = 0; v < NV; ++v) acc[r][v] = finish_score(acc[r][v], a, b, queries.terms[t], v, s);
   }
 }
 
@@ -160,7 +180,7 @@ struct TopkState {
   float* threshold;  // [strips * L]; a score must be above
   bool ids_ascend;   // ids only grow so far: a tie with the k-th best loses
 
-  int64_t at(int64_t q) const { return q * (item.capacity + 16); }
+  int64_t at(int64_t q) const { return q * item.room; }
 
   void tighten(int64_t q) {
     const float kth = keep_best(item.scores + at(q), item.ids + at(q), item.found[q], item.k);
@@ -199,6 +219,7 @@ template <class A>
 void topk_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, TopkState& state,
                   Workspace& ws) {
   const PackedQueries<A> queries(s, item.metric, item.first_query, item.n_queries, ws);
+  const SegmentTerms constant(s, item.metric);
   float* block = ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK);
   const RowRange keys{s.keys, s.rows, 0, s.count};
   for (int64_t first = begin; first < end; first += NB) {
@@ -214,13 +235,13 @@ void topk_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, i
         with_count<MR>(smaller(n - from, MR), [&](auto rows) {
           constexpr int R = decltype(rows)::value;
           F acc[R][NV];
-          finished_tile<A, R>(s, block, from, queries, t, terms, acc);
+          finished_tile<A, R>(constant, block, from, queries, t, terms, acc);
           uint32_t any = 0;
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v) {
-            F top = acc[0][v];
+            F top = Simd::set1(-kInf);
 #pragma GCC unroll 16
-            for (int r = 1; r < R; ++r) top = Simd::max(acc[r][v], top);
+            for (int r = 0; r < R; ++r) top = Simd::max(acc[r][v], top);  // a NaN loses: finite inputs that overflowed
             any |= Simd::bits(Simd::gt(top, Simd::load(threshold + v * W)));
           }
           if (!any) return;
@@ -264,7 +285,7 @@ void topk_item(const TopkItem& item, Workspace& ws) {
       for (int64_t q = 0; q < item.n_queries; ++q) threshold[q] = just_below(threshold[q]);
     }
     first_touched = false;
-    with_arithmetic(s.keys, [&](auto a) { topk_segment<decltype(a)>(item, s, begin, end, state, ws); });
+    with_search_arithmetic(s.keys, [&](auto a) { topk_segment<decltype(a)>(item, s, begin, end, state, ws); });
   }
   for (int64_t q = 0; q < item.n_queries; ++q)
     if (item.found[q] > item.k) state.tighten(q);
@@ -296,6 +317,7 @@ template <class A>
 void beats_with(const BeatsItem& item, Workspace& ws) {
   const SearchSegment& s = *item.segment;
   const PackedQueries<A> queries(s, item.metric, item.first_query, item.n_queries, ws);
+  const SegmentTerms constant(s, item.metric);
   const int64_t targets = item.targets, per_strip = targets * L;
   float* block = ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK);
   float* scores = ws.floats(kScores, NB * L);
@@ -326,7 +348,7 @@ void beats_with(const BeatsItem& item, Workspace& ws) {
           with_count<MR>(smaller(n - from, MR), [&](auto rows) {
             constexpr int R = decltype(rows)::value;
             F acc[R][NV];
-            finished_tile<A, R>(s, block, from, queries, t, terms, acc);
+            finished_tile<A, R>(constant, block, from, queries, t, terms, acc);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
               for (int v = 0; v < NV; ++v) Simd::store(scores + (from + r) * L + v * W, acc[r][v]);
@@ -362,7 +384,7 @@ void pairs_with(const PairItem& item, Workspace& ws) {
   float* keys = ws.floats(kRows, queries.words * L);
   int64_t ids[L];
   float factor[L];
-  const F scale = Simd::set1(s.scale), offset = Simd::set1(s.offset);
+  const SegmentTerms constant(s, item.metric);
   for (int t = 0; t < queries.strips; ++t) {
     const int n = static_cast<int>(smaller<int64_t>(item.n_queries - t * L, L));
     const float* panel = queries.panel(t);
@@ -387,7 +409,7 @@ void pairs_with(const PairItem& item, Workspace& ws) {
           acc = A::step(acc, Simd::load(keys + w * L + v * W), Simd::load(panel + w * L + v * W));
         const F a = Simd::load(terms.multiply + v * W), b = Simd::load(terms.add + v * W);
         float scores[W];
-        Simd::store(scores, finish_score(acc, a, b, queries.terms[t], v, scale, offset));
+        Simd::store(scores, finish_score(acc, a, b, queries.terms[t], v, constant));
         for (int lane = v * W; lane < smaller(n, (v + 1) * W); ++lane) {
           const int64_t at = (first + lane) * item.targets + p;
           item.out[at] = item.ids[at] < 0 ? -kInf : scores[lane - v * W];

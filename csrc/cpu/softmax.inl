@@ -114,7 +114,7 @@ template <class A>
 void forward_block(const ForwardItem& item, int64_t first, int n, const float* rows, const float* pairs,
                    const float* panel, StripState& s, float* mean, float* z, const Ahead& ahead) {
   const int64_t dim = item.keys.matrix.dim;
-  score_block<A>(rows, n, panel, words_of(dim, A::PACK), z, ahead);
+  score_block<A>(rows, n, panel, words_of<A>(dim), z, ahead);
   logits_of_block(item, item.keys, first, n, s, z);
   if (item.sum) {
     fill_holes(s, first, n, 0.0f, z);
@@ -132,13 +132,14 @@ void forward_block(const ForwardItem& item, int64_t first, int n, const float* r
 
 template <class A>
 void forward_with(const ForwardItem& item, Workspace& ws) {
+  [[maybe_unused]] const typename A::Scope scope;
   const RowRange &query = item.query, &keys = item.keys;
-  const int64_t dim = keys.matrix.dim, words = words_of(dim, A::PACK);
+  const int64_t dim = keys.matrix.dim, words = words_of<A>(dim);
   const int strips = static_cast<int>((query.count + L - 1) / L);
   float* panels = ws.floats(kLanes, strips * words * L);
   float* rows = ws.floats(kRows, chunks_of(words) * NB * CHUNK);
   float* z = ws.floats(kScores, NB * L);
-  float* means = item.mean ? ws.floats(kOut, strips * dim * L) : nullptr;
+  float* means = item.mean ? ws.floats(kOut, strips * padded(dim) * L) : nullptr;
   StripState* states = reinterpret_cast<StripState*>(
       ws.floats(kState, strips * static_cast<int64_t>(sizeof(StripState) / sizeof(float))));
 
@@ -155,7 +156,7 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
         s.hole[h][lane] = row >= 0 && item.left_out[h] ? position_of(keys, item.left_out[h][row]) : -1;
     }
   }
-  if (means) std::memset(means, 0, static_cast<size_t>(strips * dim * L) * sizeof(float));
+  if (means) std::memset(means, 0, static_cast<size_t>(strips * padded(dim) * L) * sizeof(float));
 
   for (int64_t first = 0; first < keys.count; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(keys.count - first, NB));
@@ -163,7 +164,7 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
     const float* pairs = means ? pair_rows<A>(rows, keys, first, n, ws) : nullptr;
     for (int t = 0; t < strips; ++t) {
       forward_block<A>(item, first, n, rows, pairs, panels + t * words * L, states[t],
-                       means ? means + t * dim * L : nullptr, z, {keys, first + NB, t, strips});
+                       means ? means + t * padded(dim) * L : nullptr, z, {keys, first + NB, t, strips});
     }
   }
 
@@ -174,7 +175,7 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
       item.sum_exp[row] = states[t].sum_exp[lane];
       if (item.sum) item.sum[row] = states[t].sum[lane];
       if (means)
-        for (int64_t d = 0; d < dim; ++d) item.mean[row * dim + d] = means[(t * dim + d) * L + lane];
+        for (int64_t d = 0; d < dim; ++d) item.mean[row * dim + d] = means[(t * padded(dim) + d) * L + lane];
     }
 }
 
@@ -252,17 +253,18 @@ inline void coefficients_of_keys(const GradientItem& item, int64_t first, int n,
 
 template <class A>
 void gradient_with(const GradientItem& item, Workspace& ws) {
+  [[maybe_unused]] const typename A::Scope scope;
   const RowRange &lanes = item.lanes, &streamed = item.rows;
-  const int64_t dim = lanes.matrix.dim, words = words_of(dim, A::PACK);
+  const int64_t dim = lanes.matrix.dim, words = words_of<A>(dim);
   const bool want_sums = item.out || item.out_scaled;
   const int strips = static_cast<int>((lanes.count + L - 1) / L);
   float* panels = ws.floats(kLanes, strips * words * L);
   float* rows = ws.floats(kRows, chunks_of(words) * NB * CHUNK);
   float* z = ws.floats(kScores, NB * L);
-  float* sums = ws.floats(kOut, strips * dim * L + strips * L);
-  float* bias_sums = sums + strips * dim * L;
+  float* sums = ws.floats(kOut, strips * (padded(dim) + 1) * L);
+  float* bias_sums = sums + strips * padded(dim) * L;
   float* line = ws.floats(kMisc, dim);
-  std::memset(sums, 0, static_cast<size_t>(strips * (dim + 1) * L) * sizeof(float));
+  std::memset(sums, 0, static_cast<size_t>(strips * (padded(dim) + 1) * L) * sizeof(float));
   for (int t = 0; t < strips; ++t)
     pack_lanes<A>(lanes, t * L, static_cast<int>(smaller<int64_t>(lanes.count - t * L, L)), panels + t * words * L, ws);
 
@@ -286,7 +288,7 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
         }
       if (want_sums) {
         pair_weights<A>(z, n);
-        add_weighted<A>(pairs, n, z, dim, sums + t * dim * L);
+        add_weighted<A>(pairs, n, z, dim, sums + t * padded(dim) * L);
       }
     }
   }
@@ -296,7 +298,7 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
       const int64_t row = lanes.row(t * L + lane);
       if (item.out_bias) item.out_bias[row] += bias_sums[t * L + lane];
       if (!want_sums) continue;
-      for (int64_t d = 0; d < dim; ++d) line[d] = sums[(t * dim + d) * L + lane];
+      for (int64_t d = 0; d < dim; ++d) line[d] = sums[(t * padded(dim) + d) * L + lane];
       if (item.out_scaled) store_row(item.out_scaled, lanes.matrix.dtype, row, line, dim, item.scale);
       if (item.out)
         for (int64_t d = 0; d < dim; ++d) item.out[row * dim + d] += line[d];

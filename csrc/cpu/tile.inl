@@ -24,27 +24,20 @@ constexpr float kInf = __builtin_inff();
 
 struct Fp32 {
   static constexpr int PACK = 1;  // dimensions in a word
+  static constexpr int STEP = 1;  // words that are multiplied at once
+  struct Scope {};                // what a thread sets up for an item
   static F step(F acc, const float* a, F b) { return Simd::fma(Simd::set1(*a), b, acc); }
   static F step(F acc, F a, F b) { return Simd::fma(a, b, acc); }
 };
 
 #ifdef FASTCOMPAT_BF16
 struct Bf16 {
-  static constexpr int PACK = 2;
+  static constexpr int PACK = 2, STEP = 1;
+  struct Scope {};
   static F step(F acc, const float* a, F b) { return step(acc, Simd::set1(*a), b); }
   static F step(F acc, F a, F b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 };
 #endif
-
-// Calls fn(A{}) with the arithmetic that this matrix wants.
-template <class Fn>
-inline auto with_arithmetic(const Matrix& m, Fn&& fn) {
-#ifdef FASTCOMPAT_BF16
-  if (m.dtype == DType::bf16) return fn(Bf16{});
-#endif
-  (void)m;
-  return fn(Fp32{});
-}
 
 enum Slot { kLanes, kRows, kRowPairs, kScores, kOut, kState, kConvert, kMisc };
 
@@ -69,7 +62,12 @@ inline T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-inline int64_t words_of(int64_t dim, int pack) { return (dim + pack - 1) / pack; }
+// Words of a row, zeros up to a whole step included.
+template <class A>
+inline int64_t words_of(int64_t dim) {
+  return (dim + A::PACK * A::STEP - 1) / (A::PACK * A::STEP) * A::STEP;
+}
+inline int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 inline int64_t chunks_of(int64_t words) { return (words + CHUNK - 1) / CHUNK; }
 
 // ---- reading and writing rows ----
@@ -116,7 +114,7 @@ void store_row(void* out, DType dtype, int64_t row, const float* in, int64_t dim
 // [words][L], lanes past n are zero.
 template <class A>
 void pack_lanes(const RowRange& r, int64_t first, int n, float* panel, Workspace& ws) {
-  const int64_t dim = r.matrix.dim, words = words_of(dim, A::PACK);
+  const int64_t dim = r.matrix.dim, words = words_of<A>(dim);
   float* line = ws.floats(kConvert, words);
   if (n < L) std::memset(panel, 0, static_cast<size_t>(words * L) * sizeof(float));
   for (int lane = 0; lane < n; ++lane) {
@@ -124,7 +122,7 @@ void pack_lanes(const RowRange& r, int64_t first, int n, float* panel, Workspace
     if (A::PACK == 1) {
       to_floats(line, r.matrix, row, 0, dim);
     } else {
-      if (words) line[words - 1] = 0;
+      std::memset(line + dim / 2, 0, static_cast<size_t>(words - dim / 2) * sizeof(float));
       std::memcpy(line, row_pointer(r.matrix, row), static_cast<size_t>(dim) * 2);
     }
     for (int64_t w = 0; w < words; ++w) std::memcpy(panel + w * L + lane, line + w, sizeof(float));
@@ -135,15 +133,16 @@ void pack_lanes(const RowRange& r, int64_t first, int n, float* panel, Workspace
 template <class A>
 void pack_rows(const RowRange& r, int64_t first, int n, float* block) {
   const int64_t dim = r.matrix.dim;
-  for (int64_t c = 0; c * CHUNK < words_of(dim, A::PACK); ++c) {
+  for (int64_t c = 0; c * CHUNK < words_of<A>(dim); ++c) {
     const int64_t from = c * CHUNK * A::PACK, count = smaller<int64_t>(dim - from, CHUNK * A::PACK);
+    const int64_t words = smaller<int64_t>(words_of<A>(dim) - c * CHUNK, CHUNK);
     for (int i = 0; i < n; ++i) {
       float* out = block + (c * NB + i) * CHUNK;
       const int64_t row = r.row(first + i);
       if (A::PACK == 1) {
         to_floats(out, r.matrix, row, from, count);
       } else {
-        if (count & 1) out[count / 2] = 0;
+        std::memset(out + count / 2, 0, static_cast<size_t>(words - count / 2) * sizeof(float));
         std::memcpy(out, static_cast<const uint16_t*>(row_pointer(r.matrix, row)) + from,
                     static_cast<size_t>(count) * 2);
       }
@@ -249,7 +248,7 @@ void score_block(const float* block, int n, const float* panel, int64_t words, f
 // rows. A block is summed by itself first: the rounding error grows with the square root of NB + N/NB, not of N.
 template <class A>
 void add_weighted(const float* rows, int n, const float* weights, int64_t dim, float* out) {
-  const int64_t words = words_of(n, A::PACK), cap = NB / A::PACK;
+  const int64_t words = (n + A::PACK - 1) / A::PACK, cap = NB / A::PACK;
   for (int64_t c = 0; c * CHUNK < dim; ++c) {
     const int width = static_cast<int>(smaller<int64_t>(dim - c * CHUNK, CHUNK));
     const int tiles = (width + MR - 1) / MR;

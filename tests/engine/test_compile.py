@@ -53,8 +53,25 @@ def test_statistics_with_changing_shapes(dynamic):
         lambda x, old, y: functional.ract_loss(x, old, y, k=3),
         lambda x, old, y: functional.ract_loss(x, old, y, k=None, detach_keys=False),
         lambda x, old, y: functional.ract_loss(x, old, y, k=3, backend="reference"),
+        lambda x, old, y: functional.metric_compatible_loss(x[:, :6], x, old[:, :6], y),
+        lambda x, old, y: functional.prototype_loss(x, old, y, perturbed=old + 1),
+        lambda x, old, y: functional.margin_softmax_loss(x, x + 1, y),
+        lambda x, old, y: (
+            functional.fct_loss(x, old) + functional.fastfill_loss(x, old, x[:, 0], old, None, y)
+        ),
     ],
-    ids=["contrastive", "self", "bct", "ract", "ract-all", "ract-reference"],
+    ids=[
+        "contrastive",
+        "self",
+        "bct",
+        "ract",
+        "ract-all",
+        "ract-reference",
+        "metric-compatible",
+        "prototype",
+        "margin",
+        "transforms",
+    ],
 )
 def test_losses(loss, dynamic):
     given = (torch.randn(10, 8, requires_grad=True), torch.randn(10, 8), torch.arange(10) % 4)

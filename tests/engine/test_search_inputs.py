@@ -26,6 +26,39 @@ def test_nan_and_inf_are_refused_by_name_and_row(side, row, dtype, backend, bad)
         fc.ranks(**given, targets=targets, backend=backend)
 
 
+def test_numbers_of_numpy_are_numbers():
+    query, keys = torch.randn(4, 6), torch.randn(9, 6)
+    assert torch.equal(fc.topk(query, keys, np.int32(3))[1], fc.topk(query, keys, 3)[1])
+    found = fc.softmax_stats(query, keys, scale=np.float32(0.5)).neg_lse
+    assert torch.equal(found, fc.softmax_stats(query, keys, scale=0.5).neg_lse)
+    labels = torch.zeros(4, dtype=torch.int64), torch.arange(9) % 2
+    found = fc.retrieval_metrics(query, keys, *labels, ks=np.array([1, 3]), map_at=np.int64(2))
+    expected = fc.retrieval_metrics(query, keys, *labels, ks=(1, 3), map_at=2)
+    assert (found.map, found.cmc, found.recall) == (expected.map, expected.cmc, expected.recall)
+
+
+def unaligned(x):
+    table = np.zeros(len(x), dtype=[("number", "i1"), ("vector", "f4", x.shape[1])])
+    table["vector"] = x
+    return table["vector"]
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda x: x[::-1][::-1], lambda x: x.astype(">f4"), unaligned, np.asfortranarray]
+)
+def test_any_layout_of_a_numpy_array(kind):
+    rng = np.random.default_rng(0)
+    query, keys = (rng.standard_normal((n, 7), dtype=np.float32) for n in (5, 20))
+    expected = fc.topk(query, keys, 3)
+    for found, each in zip(fc.topk(kind(query), kind(keys), 3), expected, strict=True):
+        assert np.array_equal(found, each)
+
+
+def test_a_squared_distance_is_never_negative_in_the_reference():
+    x = torch.randn(40, 33) * 100
+    assert (fc.topk(x, x, 3, metric="l2", backend="reference")[0] <= 0).all()
+
+
 def test_transforms_name_the_way_out():
     def best(x, backend="auto"):
         return fc.topk(x, keys, 2, backend=backend)[1]

@@ -265,3 +265,13 @@ def test_demo_on_digits_from_end_to_end(tmp_path: Path):
         assert words in (tmp_path / "report.html").read_text()
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1600, 800)
+
+
+@pytest.mark.parametrize("command", ["info", "demo"])
+def test_an_unknown_instruction_set_is_refused_by_its_variable(command: str, tmp_path: Path):
+    forced = {**os.environ, "FASTCOMPAT_SIMD": "avx9"}
+    ran = subprocess.run(
+        [sys.executable, "-c", COMMAND, command], cwd=tmp_path, env=forced, capture_output=True, text=True
+    )
+    assert ran.returncode == 2 and "FASTCOMPAT_SIMD" in ran.stderr and "avx9" in ran.stderr
+    assert "Traceback" not in ran.stderr and not list(tmp_path.iterdir())

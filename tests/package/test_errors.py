@@ -59,6 +59,16 @@ def refused(call, error, message):
         "`scale` must be a float or a 0-dim tensor: got str",
     ),
     (
+        lambda: fc.softmax_stats(Q, K, scale=torch.ones((), device="meta")),
+        ValueError,
+        "`scale` must be on the device of `query`: got meta and cpu",
+    ),
+    (
+        lambda: fc.softmax_stats(Q.to_sparse(), K),
+        TypeError,
+        "`query` must be dense: got torch.sparse_coo; convert it with .to_dense()",
+    ),
+    (
         lambda: fc.softmax_stats(Q, K, scale=torch.ones(1)),
         ValueError,
         "`scale` must be a float or a 0-dim floating point tensor",
@@ -137,6 +147,11 @@ def test_softmax_stats(call, error, message):
         ValueError,
         '`metric` must be one of "cosine", "ip", "l2": got \'dot\'',
     ),
+    (
+        lambda: fc.topk(Q, K, 2, metric=np.array(["ip", "l2"])),
+        ValueError,
+        '`metric` must be one of "cosine", "ip", "l2": got array',
+    ),
     (lambda: fc.topk(Q, K.bfloat16(), 2), TypeError, "`keys` must have the dtype of `query`"),
     (lambda: fc.topk(Q, K[:, 1:], 2), ValueError, "`keys` must have as many columns as `query`: got 5 and 6"),
     (
@@ -186,6 +201,11 @@ BANK = {"new_keys": K, "old_keys": K, "key_labels": W}
         "`temperature` must be a float or a 0-dim",
     ),
     (
+        lambda: functional.contrastive_loss(Q, K, temperature=torch.ones((), device="meta")),
+        ValueError,
+        "`temperature` must be on the device of `query`: got meta and cpu",
+    ),
+    (
         lambda: functional.contrastive_loss(Q, K, positives="mean"),
         ValueError,
         '`positives` must be one of "sum_in_log", "mean_out": got \'mean\'',
@@ -200,6 +220,12 @@ BANK = {"new_keys": K, "old_keys": K, "key_labels": W}
         ValueError,
         "`labels` must have one entry per row of `new`: got 9 and 4",
     ),
+    (lambda: functional.bct_loss(Q, None, K), TypeError, "`labels` must be a torch.Tensor: got NoneType"),
+    (
+        lambda: functional.bct_loss(Q, Y, K, [0.0] * 9),
+        TypeError,
+        "`old_bias` must be a torch.Tensor: got list",
+    ),
     (lambda: functional.bct_loss(Q, Y, K[0]), ValueError, "`old_weight` must have 2 dimensions"),
     (
         lambda: functional.bct_loss(Q, Y, K, torch.zeros(4)),
@@ -208,6 +234,7 @@ BANK = {"new_keys": K, "old_keys": K, "key_labels": W}
     ),
     (ract(old=Q[:, 1:]), ValueError, "`old` must have as many columns as `new`: got 5 and 6"),
     (ract(old=K), ValueError, "`old` must have one entry per row of `new`: got 9 and 4"),
+    (ract(labels=None), TypeError, "`labels` must be a torch.Tensor: got NoneType"),
     (ract(k=0), ValueError, "`k` must be at least 1: got 0"),
     (ract(new_keys=K), ValueError, "`new_keys`, `old_keys` and `key_labels` describe one bank"),
     (ract(key_labels=W), ValueError, "`new_keys`, `old_keys` and `key_labels` describe one bank"),
@@ -229,6 +256,9 @@ def test_losses(call, error, message):
 
 def module(loss, *rest, **named):
     return lambda: loss(Q, *rest, **named)
+
+
+PAIRS = (Y, Y, Y)
 
 
 @table(
@@ -283,6 +313,19 @@ def module(loss, *rest, **named):
         "`indices_tuple` must hold row numbers below 4: got -1",
     ),
     (module(losses.ContrastiveLoss(), None, (Y, Y.float(), Y)), TypeError, "`indices_tuple` must be int64"),
+    (module(losses.ContrastiveLoss(), None, 3), TypeError, "`indices_tuple` must be a tuple of tensors: got"),
+    (module(losses.ContrastiveLoss(positives="all"), None, PAIRS), ValueError, "`positives` must be one of"),
+    (module(losses.ContrastiveLoss(reduction="avg"), None, PAIRS), ValueError, "`reduction` must be one of"),
+    (
+        module(losses.ContrastiveLoss(backend="native"), None, PAIRS),
+        ValueError,
+        '`backend="native"` does not cover an `indices_tuple`',
+    ),
+    (module(losses.RACTLoss(reduction="avg"), None, PAIRS, Q), ValueError, "`reduction` must be one of"),
+    (module(losses.RACTLoss(backend="fast"), None, PAIRS, Q), ValueError, "`backend` must be one of"),
+    (module(losses.RACTLoss(k=0), None, PAIRS, Q), ValueError, "`k` must be at least 1: got 0"),
+    (lambda: losses.BCTLoss(K.numpy()), TypeError, "`old_weight` must be a torch.Tensor: got ndarray"),
+    (lambda: losses.BCTLoss(K, [0.0] * 9), TypeError, "`old_bias` must be a torch.Tensor: got list"),
     (module(losses.RACTLoss(), Y), ValueError, "`ref_emb` must be given: got None"),
     (
         module(losses.RACTLoss(), Y, ref_emb=K),

@@ -1,12 +1,4 @@
-"""The losses as modules, with the call signature of pytorch-metric-learning.
-
-`loss(embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None)`: `ref_emb` are the old
-model's embeddings. An `indices_tuple` is (anchors, positives, anchors, negatives) or (anchors, positives,
-negatives), int64 numbers of rows of `embeddings` and of `ref_emb`. It replaces the labels: row i has exactly
-the positives and negatives paired with it there (a pair named twice counts once), as in
-pytorch-metric-learning's SupConLoss, and in its NTXentLoss with one positive per anchor. It runs the
-reference, whatever `backend` says.
-"""
+"""Modules that compare embeddings with embeddings: contrastive, RACT, metric-compatible."""
 
 from __future__ import annotations
 
@@ -15,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import _checks, functional, reference
-from . import _loss_parts as parts
+from .. import _checks, functional, reference
+from .. import _loss_parts as parts
 
 
 class ContrastiveLoss(nn.Module):
@@ -61,8 +53,11 @@ class ContrastiveLoss(nn.Module):
             _checks.embeddings("ref_emb", ref_emb, "embeddings", embeddings)
             keys = ref_emb
         if indices_tuple is not None:
+            _checks.choice("positives", self.positives, parts.POSITIVES)
+            _check_options_for_pairs(self.reduction, self.backend)
+            scale = parts.inverse_temperature(self.temperature, "embeddings", embeddings)
             query, keys = parts.matched(embeddings, keys, self.normalize)
-            z = reference.logits(query, keys, parts.inverse_temperature(self.temperature))
+            z = reference.logits(query, keys, scale)
             stats = reference.masked_stats(z, *pair_masks(indices_tuple, z))
             return parts.contrastive_from_stats(stats, self.positives, self.reduction)
         if ref_labels is not None and (ref_emb is None or labels is None):
@@ -88,67 +83,6 @@ class ContrastiveLoss(nn.Module):
             temperature=self.temperature,
             positives=self.positives,
             normalize=self.normalize,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
-
-
-class BCTLoss(nn.Module):
-    """`functional.bct_loss` with the old classifier held as frozen buffers.
-
-    Args:
-        old_weight: [C_old, D_old].
-        old_bias: [C_old] or None.
-        scale: None for the plain linear classifier, else the scale of a cosine classifier.
-        reduction: "mean", "sum" or "none".
-        backend: "auto", "native" or "reference".
-    """
-
-    old_weight: Tensor
-    old_bias: Tensor | None
-
-    def __init__(
-        self,
-        old_weight: Tensor,
-        old_bias: Tensor | None = None,
-        *,
-        scale: float | Tensor | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.register_buffer("old_weight", old_weight.detach())
-        self.register_buffer("old_bias", None if old_bias is None else old_bias.detach())
-        self.scale, self.reduction, self.backend = scale, reduction, backend
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        indices_tuple: Sequence[Tensor] | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of `embeddings` [B, D_new]; `labels` are class numbers of the old classifier."""
-        if labels is None:
-            raise ValueError("`labels` must be given: got None; they are class numbers of the old classifier")
-        for name, value in (
-            ("indices_tuple", indices_tuple),
-            ("ref_emb", ref_emb),
-            ("ref_labels", ref_labels),
-        ):
-            if value is not None:
-                raise ValueError(
-                    f"`{name}` must be None: this loss compares with the old classifier, not with pairs"
-                )
-        _checks.matrix("embeddings", embeddings)
-        _checks.indices("labels", labels, "embeddings", embeddings)
-        return functional.bct_loss(
-            embeddings,
-            labels,
-            self.old_weight,
-            self.old_bias,
-            scale=self.scale,
             reduction=self.reduction,
             backend=self.backend,
         )
@@ -223,7 +157,9 @@ class RACTLoss(nn.Module):
         )
 
     def _from_pairs(self, new: Tensor, old: Tensor, indices_tuple: Sequence[Tensor]) -> Tensor:
-        scale = parts.inverse_temperature(self.temperature)
+        _check_options_for_pairs(self.reduction, self.backend)
+        k = new.shape[0] if self.k is None else min(_checks.positive_int("k", self.k), new.shape[0])
+        scale = parts.inverse_temperature(self.temperature, "embeddings", new)
         own = new.detach() if self.detach_keys else new
         to_old = reference.logits(*parts.matched(new, old.detach(), self.normalize), scale)
         to_new = reference.logits(*parts.matched(new, own, self.normalize), scale)
@@ -231,8 +167,7 @@ class RACTLoss(nn.Module):
         itself = torch.eye(len(neg), dtype=torch.bool, device=neg.device)
         hardest = []
         for z, members in ((to_old, neg), (to_new, neg & ~itself)):
-            z = torch.where(members, z, -torch.inf)
-            hardest.append(z if self.k is None else z.topk(min(self.k, z.shape[1])).values)
+            hardest.append(torch.where(members, z, -torch.inf).topk(k).values)
         everything = torch.cat(hardest, 1)
         used = torch.ones_like(everything, dtype=torch.bool)
         pos_sum = torch.where(pos, to_old, 0.0).sum(1)
@@ -242,8 +177,52 @@ class RACTLoss(nn.Module):
         return parts.contrastive_from_stats(stats, "sum_in_log", self.reduction)
 
 
+class MetricCompatibleLoss(nn.Module):
+    """`functional.metric_compatible_loss`, called `loss(reverse, new, old, labels)` as the function is.
+
+    Args:
+        temperature: a float, or an `nn.Parameter` to be learned.
+        positives: "sum_in_log" or "mean_out".
+        shared_negatives: False for the single-system ablation.
+        normalize: L2-normalise everything first.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "native" or "reference".
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.07,
+        positives: str = "sum_in_log",
+        shared_negatives: bool = True,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.temperature, self.positives, self.normalize = temperature, positives, normalize
+        self.shared_negatives, self.reduction, self.backend = shared_negatives, reduction, backend
+
+    def forward(self, reverse: Tensor, new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
+        """The loss of `reverse` [B, D_old] and `new` [B, D_new] beside the old embeddings [B, D_old]."""
+        return functional.metric_compatible_loss(
+            reverse,
+            new,
+            old,
+            labels,
+            temperature=self.temperature,
+            positives=self.positives,
+            shared_negatives=self.shared_negatives,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+
 def pair_masks(indices_tuple: Sequence[Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     """Boolean masks [B, N] of the positive and of the negative pairs in a 4-tuple or 3-tuple."""
+    if not isinstance(indices_tuple, (tuple, list)):
+        raise TypeError(f"`indices_tuple` must be a tuple of tensors: got {type(indices_tuple).__name__}")
     if len(indices_tuple) not in (3, 4):
         raise ValueError(
             "`indices_tuple` must be (anchors, positives, anchors, negatives) or "
@@ -259,6 +238,11 @@ def pair_masks(indices_tuple: Sequence[Tensor], z: Tensor) -> tuple[Tensor, Tens
         mask[rows, columns] = True
         masks.append(mask)
     return masks[0], masks[1]
+
+
+def _check_options_for_pairs(reduction: str, backend: str) -> None:
+    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    _checks.no_kernel(backend, "an `indices_tuple`")
 
 
 def _labels_of_keys(labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None) -> Tensor:

@@ -1,0 +1,199 @@
+"""The three reductions of the engine: softmax statistics, the best k, ranks."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _autograd, _checks, _search, reference
+from ..reference import Segment, SoftmaxStats
+
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+def softmax_stats(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    positive: Tensor | None = None,
+    exclude: Tensor | None = None,
+    backend: str = "auto",
+) -> SoftmaxStats:
+    """Row statistics of `z_ij = scale * <query_i, keys_j> + bias_j` without ever storing the logits.
+
+    Positives of row i: the key `positive[i]` if `positive` is given (-1: none), else the keys with the same
+    label. Same-label keys that are not positives are ignored; every other key is a negative. `exclude[i]`
+    (-1: none) is neither. Differentiable in query, keys, scale and bias; an empty set has a zero gradient
+    whatever arrives.
+
+    Args:
+        query: [B, D].
+        keys: [N, D], with the dtype of `query`.
+        scale: a float or a 0-dim tensor that may want a gradient.
+        bias: float32 [N].
+        query_labels: int64 [B], together with `key_labels`.
+        key_labels: int64 [N].
+        positive: int64 [B], a key number or -1.
+        exclude: int64 [B], a key number or -1.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        `neg_lse` and `pos_lse` float32 [B] (log-sum-exp; -inf for an empty set), `pos_sum` float32 [B] (sum
+        of the positive logits), `pos_count` int64 [B].
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; a key number out of range (on the
+            CPU).
+        RuntimeError: native kernels under torch.func transforms, or differentiated twice.
+    """
+    _checks.pair(query, keys)
+    scale = _checks.scalar("scale", scale, "query", query)
+    _checks.bias(bias, keys)
+    check_sets(query, keys, query_labels, key_labels, positive, exclude)
+    native = _checks.takes_native(backend, query)
+    return row_stats(native, query, keys, scale, bias, query_labels, key_labels, positive, exclude)
+
+
+def topk(
+    query: Array,
+    keys: Array,
+    k: int,
+    *,
+    metric: str = "cosine",
+    query_labels: Array | None = None,
+    key_labels: Array | None = None,
+    exclude: Array | None = None,
+    backend: str = "auto",
+) -> tuple[Array, Array]:
+    """The k best keys of every query, exactly: best first, ties to the smaller id.
+
+    Takes tensors or NumPy arrays and returns the same kind. No gradient.
+
+    Args:
+        query: [B, D].
+        keys: [N, D], with the dtype of `query`.
+        k: at least 1; places beyond the number of candidates hold score -inf and id -1.
+        metric: "cosine" (a zero vector has cosine 0 with everything), "ip" (inner product) or "l2" (score =
+            minus the squared distance). Higher is better.
+        query_labels: int64 [B], together with `key_labels`: keys with the query's label are skipped (hard
+            negatives).
+        key_labels: int64 [N].
+        exclude: int64 [B], a key number to skip, or -1.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        Scores float32 [B, k] (float64 for float64 inputs) and ids int64 [B, k].
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit; NaN or inf in `query` or `keys`, naming the first
+            bad row.
+    """
+    _checks.choice("metric", metric, _checks.METRICS)
+    k = _checks.positive_int("k", k)
+    q, x = _checks.as_tensor("query", query), _checks.as_tensor("keys", keys)
+    labels = _optional("query_labels", query_labels), _optional("key_labels", key_labels)
+    skipped = _optional("exclude", exclude)
+    _checks.pair(q, x)
+    check_sets(q, x, *labels, None, skipped)
+    _checks.in_range("exclude", skipped, x.shape[0])
+    native = _checks.takes_native(backend, q)
+    found = _search.topk(
+        [Segment(q, x)],
+        k,
+        metric,
+        query_labels=labels[0],
+        key_labels=labels[1],
+        exclude=skipped,
+        native=native,
+    )
+    result: tuple[Array, Array] = _checks.give_back(found, query)
+    return result
+
+
+def ranks(
+    query: Array,
+    keys: Array,
+    targets: Array,
+    *,
+    metric: str = "cosine",
+    exclude: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    """How many keys beat each target: its place in the full ranking of `topk`, without sorting anything.
+
+    Takes tensors or NumPy arrays and returns the same kind. No gradient.
+
+    Args:
+        query: [B, D].
+        keys: [N, D], with the dtype of `query`.
+        targets: int64 [B, P], key numbers; -1 pads.
+        metric: "cosine", "ip" or "l2", as in `topk`.
+        exclude: int64 [B], a key number that does not count, or -1.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        int64 [B, P]: 0 = best; equal scores rank by id; -1 for padding and for an excluded target.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit; NaN or inf in `query` or `keys`, naming the first
+            bad row.
+    """
+    _checks.choice("metric", metric, _checks.METRICS)
+    q, x = _checks.as_tensor("query", query), _checks.as_tensor("keys", keys)
+    wanted, skipped = _checks.as_tensor("targets", targets), _optional("exclude", exclude)
+    _checks.pair(q, x)
+    _checks.indices("targets", wanted, "query", q, dims=2)
+    _checks.indices("exclude", skipped, "query", q, optional=True)
+    _checks.in_range("targets", wanted, x.shape[0])
+    _checks.in_range("exclude", skipped, x.shape[0])
+    native = _checks.takes_native(backend, q)
+    if skipped is not None:
+        wanted = wanted.masked_fill(wanted == skipped[:, None], -1)
+    score = _search.pair_scores(q, x, wanted, metric, native=native)
+    everything = torch.tensor([0, x.shape[0]], device=q.device)
+    beaten = _search.count_beats(
+        q, x, None, everything, score, wanted, metric, exclude=skipped, native=native
+    )[:, :, 0]
+    result: Array = _checks.give_back((beaten.masked_fill(wanted < 0, -1),), query)[0]
+    return result
+
+
+def check_sets(
+    query: Tensor,
+    keys: Tensor,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    positive: Tensor | None,
+    exclude: Tensor | None,
+) -> None:
+    """Labels and key numbers that say which keys are positives and negatives."""
+    _checks.labels(query, keys, query_labels, key_labels)
+    _checks.indices("positive", positive, "query", query, optional=True)
+    _checks.indices("exclude", exclude, "query", query, optional=True)
+
+
+def row_stats(
+    native: bool,
+    query: Tensor,
+    keys: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    positive: Tensor | None,
+    exclude: Tensor | None,
+) -> SoftmaxStats:
+    """The statistics by the native kernels or by the reference, for arguments that were checked."""
+    kernel = _autograd.softmax_stats if native else reference.softmax_stats
+    return kernel(query, keys, scale, bias, query_labels, key_labels, positive, exclude)
+
+
+def _optional(name: str, value: Tensor | np.ndarray | None) -> Tensor | None:
+    return None if value is None else _checks.as_tensor(name, value)
