@@ -74,7 +74,7 @@ def _best(work: Callable[[], float]) -> float:
 def _on_threads(function: Any, threads: int) -> float:
     def once(_: int) -> float:
         sink = (ctypes.c_float * 32)(*(0.01 * i for i in range(30)), 0.5, 0.25)
-        return float(function(2_000_000, sink))
+        return float(function(20_000_000, sink))  # some 50 ms: starting the threads must not count
 
     with ThreadPoolExecutor(threads) as pool:  # ctypes releases the GIL
         return sum(pool.map(once, range(threads)))

@@ -1,6 +1,6 @@
-// How a call is cut into items. The cuts depend on the sizes and the instruction set alone, never on the threads at
-// hand, and partial results are combined in order: the same bits on every machine of an instruction set, with any
-// thread count.
+// How a call is cut into items. Where sums are split, the cuts depend on the sizes alone, never on the threads at hand,
+// and partial results are combined in order: the same bits on every machine of an instruction set, with any thread
+// count.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace fastcompat {
 
 constexpr int64_t kItems = 64;                 // items that keep many cores busy
-constexpr int64_t kPartialBytes = 32ll << 20;  // memory for partial results
+constexpr int64_t kPartialBytes = 16ll << 20;  // memory for partial results
 constexpr int64_t kPanelBytes = 1ll << 20;     // packed lanes and their sums in one item
 constexpr double kSerialWork = 4e6;            // products below which a second thread costs more than it gives
 
@@ -19,9 +19,9 @@ struct Plan {
   int64_t rows, splits;   // streamed rows of an item, and how many such parts
 
   // Blocks of equal size, of at most 512 lanes: a packed row is used that often.
-  Plan(int64_t lanes, int64_t streamed, int64_t dim, int64_t bytes_per_split, int64_t smallest_part,
+  Plan(int64_t lanes, int64_t streamed, int64_t lane_bytes, int64_t bytes_per_split, int64_t smallest_part,
        int64_t most_lanes = 512, int64_t items = kItems) {
-    const int64_t fits = std::min(most_lanes, kPanelBytes / (8 * std::max<int64_t>(1, dim)));
+    const int64_t fits = std::min(most_lanes, kPanelBytes / std::max<int64_t>(1, lane_bytes));
     const int64_t most = std::clamp<int64_t>(fits, kStep, 512) / kStep * kStep;
     blocks = (lanes + most - 1) / most;
     block = blocks ? ((lanes + blocks - 1) / blocks + kStep - 1) / kStep * kStep : kStep;

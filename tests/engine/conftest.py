@@ -22,13 +22,6 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.set_simd(before)
 
 
-@pytest.fixture
-def fastest_only(simd: str) -> None:
-    """For long tests of what does not depend on the instruction set."""
-    if simd != _native.simd_levels()[-1]:
-        pytest.skip("runs with the fastest instruction set alone")
-
-
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ import fastcompat as fc
 from fastcompat import _ops, functional
 
 # Nothing here depends on the instruction set, and every case compiles for a second.
-pytestmark = pytest.mark.usefixtures("fastest_only")
 
 
 def gradients(function, *inputs):

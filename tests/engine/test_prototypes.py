@@ -118,7 +118,6 @@ def odpp_by_autograd(p, q, threshold_old, threshold_new, steps, lr):
     return F.normalize(p + delta).detach()
 
 
-@pytest.mark.usefixtures("fastest_only")
 @pytest.mark.parametrize("thresholds", [(0.9, 0.9), (0.3, 0.6), (-1.5, 0.2), (2.0, 2.0)])
 @pytest.mark.parametrize("batch", [None, 19, 400])
 def test_odpp(thresholds, batch):
@@ -132,7 +131,6 @@ def test_odpp(thresholds, batch):
         torch.testing.assert_close(ours, old)
 
 
-@pytest.mark.usefixtures("fastest_only")
 def test_odpp_in_blocks(monkeypatch):
     old, new = clustered(19, 8).double(), clustered(19, 8).double()
     whole = fc.odpp(old, new, threshold_old=0.3, steps=5)
@@ -140,7 +138,6 @@ def test_odpp_in_blocks(monkeypatch):
     torch.testing.assert_close(fc.odpp(old, new, threshold_old=0.3, steps=5), whole)
 
 
-@pytest.mark.usefixtures("fastest_only")
 def test_odpp_draws_every_class_in_turn():
     """One class in each step: after as many steps as classes, every pair has been pushed apart."""
     old = clustered(20, 8, spread=0.05, groups=1)
@@ -154,7 +151,6 @@ def test_odpp_draws_every_class_in_turn():
     assert (closest[1] < closest[0]).all()
 
 
-@pytest.mark.usefixtures("fastest_only")
 def test_odpp_leaves_unknown_classes_alone():
     old, new = clustered(12, 8), clustered(12, 8)
     old[4] = 0
@@ -163,7 +159,6 @@ def test_odpp_leaves_unknown_classes_alone():
     torch.testing.assert_close(ours.norm(dim=1), (torch.arange(12) != 4).float())
 
 
-@pytest.mark.usefixtures("fastest_only")
 def test_odpp_moves_with_very_many_classes():
     """A mean over 1.6e7 pairs has gradients far below Adam's usual eps; their rounding stays below ours."""
     old = clustered(4000, 4, spread=0.0, groups=2000)

@@ -150,7 +150,6 @@ def test_a_key_number_out_of_range_is_an_error(name, bad, backend):
         fc.softmax_stats(torch.randn(5, 8), torch.randn(20, 8), **{name: index}, backend=backend)
 
 
-@pytest.mark.usefixtures("fastest_only")
 def test_more_pairs_than_31_bits_can_number():
     torch.set_num_threads(2)
     rows, columns = 520, 2**22
