@@ -26,35 +26,53 @@ constexpr int kSide = 16;  // rows, and words of a row, in a tile
 constexpr int kBlockBytes = CHUNK * sizeof(float), kLaneBytes = L * sizeof(float);
 static_assert(L == 2 * kSide && NB % kSide == 0 && CHUNK % kSide == 0 && NB / 2 <= CHUNK, "tiles must fit the layouts");
 
+// Tiles 0 to 3 are sums of 32 rows (16 without `two`) x 32 lanes.
+inline void clear_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+inline void load_sums(const float* from, bool two) {
+  _tile_loadd(0, from, kLaneBytes);
+  _tile_loadd(1, from + kSide, kLaneBytes);
+  if (!two) return;
+  _tile_loadd(2, from + kSide * L, kLaneBytes);
+  _tile_loadd(3, from + kSide * L + kSide, kLaneBytes);
+}
+
+inline void store_sums(float* to, bool two) {
+  _tile_stored(0, to, kLaneBytes);
+  _tile_stored(1, to + kSide, kLaneBytes);
+  if (!two) return;
+  _tile_stored(2, to + kSide * L, kLaneBytes);
+  _tile_stored(3, to + kSide * L + kSide, kLaneBytes);
+}
+
+// sums += a [rows][16 words] x b [16 words][L]
+inline void add_products(const float* a, const float* b, bool two) {
+  _tile_loadd(6, b, kLaneBytes);
+  _tile_loadd(7, b + kSide, kLaneBytes);
+  _tile_loadd(4, a, kBlockBytes);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  if (!two) return;
+  _tile_loadd(5, a + kSide * CHUNK, kBlockBytes);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
 template <>
 void score_block<Amx>(const float* block, int n, const float* panel, int64_t words, float* scores, const Ahead& ahead) {
   for (int first = 0; first < n; first += 2 * kSide) {
     ahead.fetch(first / kSide);
     ahead.fetch(first / kSide + 1);
     const bool two = first + kSide < n;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t w = 0; w < words; w += kSide) {
-      const float* a = block + (w / CHUNK * NB + first) * CHUNK + w % CHUNK;
-      _tile_loadd(6, panel + w * L, kLaneBytes);
-      _tile_loadd(7, panel + w * L + kSide, kLaneBytes);
-      _tile_loadd(4, a, kBlockBytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if (two) {
-        _tile_loadd(5, a + kSide * CHUNK, kBlockBytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, scores + first * L, kLaneBytes);
-    _tile_stored(1, scores + first * L + kSide, kLaneBytes);
-    if (two) {
-      _tile_stored(2, scores + (first + kSide) * L, kLaneBytes);
-      _tile_stored(3, scores + (first + kSide) * L + kSide, kLaneBytes);
-    }
+    clear_sums();
+    for (int64_t w = 0; w < words; w += kSide)
+      add_products(block + (w / CHUNK * NB + first) * CHUNK + w % CHUNK, panel + w * L, two);
+    store_sums(scores + first * L, two);
   }
 }
 
@@ -84,20 +102,12 @@ inline void transpose(__m512i (&r)[kSide]) {
 
 // [dim, rounded up to 16][64 words]: a word holds a dimension of two rows. Rows past n are zero.
 template <>
-const float* pair_rows<Amx>(const float* block, const RowRange& r, int64_t, int n, Workspace& ws) {
-  const int64_t dim = r.matrix.dim;
+const float* pair_rows<Amx>(const float* block, int64_t dim, int n, Workspace& ws) {
   float* pairs = ws.floats(kRowPairs, padded(dim) * CHUNK);
   for (int first = 0; first < n; first += 2 * kSide)
     for (int64_t d = 0; d < dim; d += kSide) {
-      const float* from = block + d / (2 * CHUNK) * NB * CHUNK + d % (2 * CHUNK) / 2;
       __m512i words[kSide];
-      for (int m = 0; m < kSide; ++m) {
-        const int row = first + 2 * m;
-        const __m256i zero = _mm256_setzero_si256();
-        const __m256i even = row < n ? _mm256_loadu_si256((const __m256i*)(from + row * CHUNK)) : zero;
-        const __m256i odd = row + 1 < n ? _mm256_loadu_si256((const __m256i*)(from + (row + 1) * CHUNK)) : zero;
-        words[m] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-      }
+      for (int m = 0; m < kSide; ++m) words[m] = words_of_two_rows(block, first + 2 * m, n, d);
       transpose(words);
       for (int j = 0; j < kSide; ++j) _mm512_storeu_si512(pairs + (d + j) * CHUNK + first / 2, words[j]);
     }
@@ -116,32 +126,9 @@ void add_weighted<Amx>(const float* rows, int n, const float* weights, int64_t d
   const int words = (n + 1) / 2;
   for (int64_t d = 0; d < dim; d += 2 * kSide) {
     const bool two = d + kSide < dim;
-    float* o = out + d * L;
-    _tile_loadd(0, o, kLaneBytes);
-    _tile_loadd(1, o + kSide, kLaneBytes);
-    if (two) {
-      _tile_loadd(2, o + kSide * L, kLaneBytes);
-      _tile_loadd(3, o + kSide * L + kSide, kLaneBytes);
-    }
-    for (int w = 0; w < words; w += kSide) {
-      const float* a = rows + d * CHUNK + w;
-      _tile_loadd(6, weights + w * L, kLaneBytes);
-      _tile_loadd(7, weights + w * L + kSide, kLaneBytes);
-      _tile_loadd(4, a, kBlockBytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if (two) {
-        _tile_loadd(5, a + kSide * CHUNK, kBlockBytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, o, kLaneBytes);
-    _tile_stored(1, o + kSide, kLaneBytes);
-    if (two) {
-      _tile_stored(2, o + kSide * L, kLaneBytes);
-      _tile_stored(3, o + kSide * L + kSide, kLaneBytes);
-    }
+    load_sums(out + d * L, two);
+    for (int w = 0; w < words; w += kSide) add_products(rows + d * CHUNK + w, weights + w * L, two);
+    store_sums(out + d * L, two);
   }
 }
 

@@ -53,7 +53,7 @@ bool has_amx() {
 }
 #endif
 
-std::vector<Level> levels() {
+std::vector<Level> detect() {
   std::vector<Level> all = {{&kernels_generic, true}};
 #ifdef FASTCOMPAT_X86
   __builtin_cpu_init();
@@ -68,6 +68,11 @@ std::vector<Level> levels() {
   all.push_back({&kernels_amx, avx512 && has_avx512bf16() && has_amx()});
 #endif
   return all;
+}
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> once = detect();
+  return once;
 }
 
 const Kernels* find(const std::string& name, const std::string& source = "") {

@@ -14,17 +14,21 @@ constexpr double kSerialWork = 4e6;            // products below which a second 
 
 constexpr int64_t kStep = 32;  // a multiple of every instruction set's strip
 
+// Lanes of an item: blocks of equal size, of at most 512 lanes, since a packed row is used once a lane.
+inline int64_t block_of(int64_t lanes, int64_t lane_bytes, int64_t most_lanes = 512) {
+  const int64_t fits = std::min(most_lanes, kPanelBytes / std::max<int64_t>(1, lane_bytes));
+  const int64_t most = std::clamp<int64_t>(fits, kStep, 512) / kStep * kStep;
+  const int64_t blocks = std::max<int64_t>(1, (lanes + most - 1) / most);
+  return std::max(kStep, ((lanes + blocks - 1) / blocks + kStep - 1) / kStep * kStep);
+}
+
 struct Plan {
   int64_t block, blocks;  // lanes of an item, and how many such blocks
   int64_t rows, splits;   // streamed rows of an item, and how many such parts
 
-  // Blocks of equal size, of at most 512 lanes: a packed row is used that often.
-  Plan(int64_t lanes, int64_t streamed, int64_t lane_bytes, int64_t bytes_per_split, int64_t smallest_part,
-       int64_t most_lanes = 512, int64_t items = kItems) {
-    const int64_t fits = std::min(most_lanes, kPanelBytes / std::max<int64_t>(1, lane_bytes));
-    const int64_t most = std::clamp<int64_t>(fits, kStep, 512) / kStep * kStep;
-    blocks = (lanes + most - 1) / most;
-    block = blocks ? ((lanes + blocks - 1) / blocks + kStep - 1) / kStep * kStep : kStep;
+  Plan(int64_t lanes, int64_t streamed, int64_t lane_block, int64_t bytes_per_split, int64_t smallest_part,
+       int64_t items = kItems)
+      : block(lane_block), blocks((lanes + block - 1) / block) {
     const int64_t wanted = blocks ? (items + blocks - 1) / blocks : 1;
     const int64_t affordable = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, bytes_per_split));
     const int64_t useful = std::max<int64_t>(1, streamed / smallest_part);

@@ -84,7 +84,8 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
   const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
   // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
   const int64_t items = threads == 1 ? 1 : 4 * threads;
-  const Plan plan(B, total, 4 * dim, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096, fits, items);
+  const Plan plan(B, total, block_of(B, 4 * dim, fits), B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096,
+                  items);
   std::vector<Candidate> best(plan.splits * B * wanted);
   std::vector<int64_t> found(plan.splits * B);
   std::vector<float> shared(B, -kInf);
@@ -152,10 +153,9 @@ void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t ta
   for (size_t n = 0; n < used.size(); ++n) key_factor[used[n]] = used_factor[n];
   const SearchSegment segment{s.query,          s.keys, nullptr, s.keys.rows, s.scale, s.offset, query_factor.data(),
                               key_factor.data()};
-  const Plan plan(B, 0, 4 * s.query.dim, 0, 1);
-  parallel_for(plan.blocks, threads_for(threads, B, targets, s.query.dim), [&](int64_t n, Workspace& ws) {
-    kernel.pair_scores({&segment, metric, n * plan.block, std::min(plan.block, B - n * plan.block), ids, targets, out},
-                       ws);
+  const int64_t block = block_of(B, 4 * s.query.dim);
+  parallel_for((B + block - 1) / block, threads_for(threads, B, targets, s.query.dim), [&](int64_t n, Workspace& ws) {
+    kernel.pair_scores({&segment, metric, n * block, std::min(block, B - n * block), ids, targets, out}, ws);
   });
 }
 
@@ -168,7 +168,7 @@ void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
   check_rows("exclude", exclude, B, s.keys.rows);
   std::fill(out, out + B * targets * blocks, 0);
   const Prepared prepared(s, metric, 0, threads);
-  const Plan plan(B, s.count, 4 * s.query.dim, 1, 4096);
+  const Plan plan(B, s.count, block_of(B, 4 * s.query.dim), 1, 4096);
   parallel_for(plan.items(), threads_for(threads, B, s.count, s.query.dim), [&](int64_t n, Workspace& ws) {
     const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
     BeatsItem item{&prepared.segment,

@@ -48,8 +48,8 @@ inline float keep_best(float* scores, int32_t* ids, int64_t n, int64_t k) {
     above = count_above(scores, n, float_of(static_cast<int32_t>(middle)));
     (above >= k ? low : high) = middle;
   }
-  float bar = float_of(static_cast<int32_t>(above == k ? low : high));
   const bool exact = above == k;  // the k above the bar are the best; else the bar is the k-th best score
+  const float bar = float_of(static_cast<int32_t>(exact ? low : high));
   const int32_t tie = exact ? -1 : last_tie(scores, ids, n, bar, k - count_above(scores, n, bar));
   int64_t kept = 0;
   float kth = kInf;

@@ -161,7 +161,7 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
   for (int64_t first = 0; first < keys.count; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(keys.count - first, NB));
     pack_rows<A>(keys, first, n, rows);
-    const float* pairs = means ? pair_rows<A>(rows, keys, first, n, ws) : nullptr;
+    const float* pairs = means ? pair_rows<A>(rows, dim, n, ws) : nullptr;
     for (int t = 0; t < strips; ++t) {
       forward_block<A>(item, first, n, rows, pairs, panels + t * words * L, states[t],
                        means ? means + t * padded(dim) * L : nullptr, z, {keys, first + NB, t, strips});
@@ -271,7 +271,7 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
   for (int64_t first = 0; first < streamed.count; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(streamed.count - first, NB));
     pack_rows<A>(streamed, first, n, rows);
-    const float* pairs = want_sums ? pair_rows<A>(rows, streamed, first, n, ws) : nullptr;
+    const float* pairs = want_sums ? pair_rows<A>(rows, dim, n, ws) : nullptr;
     for (int t = 0; t < strips; ++t) {
       const int count = static_cast<int>(smaller<int64_t>(lanes.count - t * L, L));
       score_block<A>(rows, n, panels + t * words * L, words, z, {streamed, first + NB, t, strips});

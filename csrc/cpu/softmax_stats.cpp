@@ -60,7 +60,7 @@ float shift_of(float max) { return std::isfinite(max) ? max : 0.0f; }
 void negatives(const SoftmaxProblem& p, const Groups* groups, const SoftmaxStats& out, int threads) {
   const Kernels& k = kernels();
   const int64_t B = p.query.rows, N = p.keys.rows, D = p.query.dim;
-  const Plan plan(B, N, 8 * D, out.mean ? B * D * 4 : B * 8, kSmallestPart);
+  const Plan plan(B, N, block_of(B, 8 * D), out.mean ? B * D * 4 : B * 8, kSmallestPart);
   Partials part(plan.splits, B, D, out.mean != nullptr);
   threads = threads_for(threads, B, N, D);
   parallel_for(plan.items(), threads, [&](int64_t item, Workspace& ws) {
@@ -128,7 +128,7 @@ void positives_by_label(const SoftmaxProblem& p, const Groups& groups, const Sof
   const int64_t B = p.query.rows;
   std::vector<float> max(B, -kInf), sum_exp(B, 0.0f);
   std::fill(out.pos_sum, out.pos_sum + B, 0.0f);
-  const std::vector<GroupBlock> blocks = group_blocks(groups, Plan(B, 0, 8 * p.query.dim, 0, 1).block);
+  const std::vector<GroupBlock> blocks = group_blocks(groups, block_of(B, 8 * p.query.dim));
   parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t item, Workspace& ws) {
     const GroupBlock& b = blocks[item];
     ForwardItem f{};
@@ -239,7 +239,7 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
   }
   if (!p.positive && p.query_labels && (grads.g_pos || grads.g_sum)) {
     const std::unique_ptr<Groups> groups = groups_of(p);
-    const std::vector<GroupBlock> blocks = group_blocks(*groups, Plan(B, 0, 8 * D, 0, 1).block);
+    const std::vector<GroupBlock> blocks = group_blocks(*groups, block_of(B, 8 * D));
     parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t n, Workspace& ws) {
       GradientItem item = gradient_item(p, g);
       item.lanes = {p.query, groups->query_rows.data(), blocks[n].first, blocks[n].count};
@@ -264,7 +264,7 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
   const CleanGrads g(grads, B);
   const std::unique_ptr<Groups> groups = groups_of(p);
   // A split costs another [N, D] of sums, so here few items must do.
-  const Plan plan(N, B, 8 * D, N * (dkeys ? D + 1 : 1) * 4, kSmallestPart / 8, 512, kItems / 4);
+  const Plan plan(N, B, block_of(N, 8 * D), N * (dkeys ? D + 1 : 1) * 4, kSmallestPart / 8, kItems / 4);
   const bool split = plan.splits > 1;
   std::vector<float> sums(split && dkeys ? plan.splits * N * D : 0), bias(split && dbias ? plan.splits * N : 0);
   if (dbias) std::fill(dbias, dbias + N, 0.0f);

@@ -169,25 +169,32 @@ struct Ahead {
   }
 };
 
+#ifdef FASTCOMPAT_BF16
+// Dimensions d .. d + 16 of rows `row` and `row + 1` of a packed bf16 block, a word each; rows past n are zero.
+inline __m512i words_of_two_rows(const float* block, int row, int n, int64_t d) {
+  const float* from = block + (d / (2 * CHUNK) * NB + row) * CHUNK + d % (2 * CHUNK) / 2;
+  const __m256i zero = _mm256_setzero_si256();
+  const __m256i even = row < n ? _mm256_loadu_si256((const __m256i*)from) : zero;
+  const __m256i odd = row + 1 < n ? _mm256_loadu_si256((const __m256i*)(from + CHUNK)) : zero;
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+#endif
+
 // The block as the weighted sum wants it: one word per dimension, holding A::PACK rows. fp32: the block itself.
 template <class A>
-const float* pair_rows(const float* block, const RowRange& r, int64_t first, int n, Workspace& ws) {
+const float* pair_rows(const float* block, int64_t dim, int n, Workspace& ws) {
   if constexpr (A::PACK == 1) {
-    (void)r, (void)first, (void)n, (void)ws;
+    (void)dim, (void)n, (void)ws;
     return block;
   } else {
-    const int64_t dim = r.matrix.dim;
+#ifdef FASTCOMPAT_BF16
     float* pairs = ws.floats(kRowPairs, chunks_of(dim) * (NB / 2) * CHUNK);
-    for (int i = 0; i < n; i += 2) {
-      const uint16_t* a = static_cast<const uint16_t*>(row_pointer(r.matrix, r.row(first + i)));
-      const uint16_t* b =
-          i + 1 < n ? static_cast<const uint16_t*>(row_pointer(r.matrix, r.row(first + i + 1))) : nullptr;
-      for (int64_t d = 0; d < dim; ++d) {
-        uint32_t word = a[d] | (b ? static_cast<uint32_t>(b[d]) << 16 : 0u);
-        std::memcpy(pairs + ((d / CHUNK) * (NB / 2) + i / 2) * CHUNK + d % CHUNK, &word, sizeof word);
-      }
-    }
+    for (int i = 0; i < n; i += 2)
+      for (int64_t d = 0; d < dim; d += 16)
+        _mm512_storeu_si512(pairs + (d / CHUNK * (NB / 2) + i / 2) * CHUNK + d % CHUNK,
+                            words_of_two_rows(block, i, n, d));
     return pairs;
+#endif
   }
 }
 

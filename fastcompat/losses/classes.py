@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -10,7 +11,38 @@ from .. import _checks, functional
 from ..prototypes import PrototypeBank
 
 
-class BCTLoss(nn.Module):
+class _ClassVectorLoss(nn.Module, ABC):
+    """The call of pytorch-metric-learning for losses whose only second argument is `labels`."""
+
+    @abstractmethod
+    def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor: ...
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `embeddings` [B, D] whose `labels` int64 [B] are row numbers of the class vectors."""
+        if labels is None:
+            raise ValueError("`labels` must be given: got None; they are class numbers")
+        for name, value in (
+            ("indices_tuple", indices_tuple),
+            ("ref_emb", ref_emb),
+            ("ref_labels", ref_labels),
+        ):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` must be None: this loss compares with class vectors, not with pairs"
+                )
+        _checks.matrix("embeddings", embeddings)
+        _checks.indices("labels", labels, "embeddings", embeddings)
+        return self._loss(embeddings, labels)
+
+
+class BCTLoss(_ClassVectorLoss):
     """`functional.bct_loss` with the old classifier held as frozen buffers.
 
     Args:
@@ -41,16 +73,7 @@ class BCTLoss(nn.Module):
         self.register_buffer("old_bias", None if old_bias is None else old_bias.detach())
         self.scale, self.reduction, self.backend = scale, reduction, backend
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        indices_tuple: Sequence[Tensor] | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of `embeddings` [B, D_new]; `labels` are class numbers of the old classifier."""
-        labels = _labels_alone(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return functional.bct_loss(
             embeddings,
             labels,
@@ -62,7 +85,7 @@ class BCTLoss(nn.Module):
         )
 
 
-class PrototypeLoss(nn.Module):
+class PrototypeLoss(_ClassVectorLoss):
     """`functional.prototype_loss` with the prototypes held in a `fastcompat.PrototypeBank`.
 
     Args:
@@ -95,19 +118,11 @@ class PrototypeLoss(nn.Module):
         self.perturb_negatives, self.temperature, self.normalize = perturb_negatives, temperature, normalize
         self.reduction, self.backend = reduction, backend
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        indices_tuple: Sequence[Tensor] | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of `embeddings` [B, D]; `labels` are row numbers of the prototypes."""
+    def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return functional.prototype_loss(
             embeddings,
             self.bank.prototypes,
-            _labels_alone(embeddings, labels, indices_tuple, ref_emb, ref_labels),
+            labels,
             perturbed=self.bank.perturbed,
             perturb_negatives=self.perturb_negatives,
             temperature=self.temperature,
@@ -117,7 +132,7 @@ class PrototypeLoss(nn.Module):
         )
 
 
-class MarginSoftmaxLoss(nn.Module):
+class MarginSoftmaxLoss(_ClassVectorLoss):
     """`functional.margin_softmax_loss` with the class weights as its parameter.
 
     Args:
@@ -145,39 +160,14 @@ class MarginSoftmaxLoss(nn.Module):
         self.kind, self.scale, self.margin = kind, scale, margin
         self.reduction, self.backend = reduction, backend
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        indices_tuple: Sequence[Tensor] | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of `embeddings` [B, D]; `labels` are row numbers of `weight`."""
+    def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return functional.margin_softmax_loss(
             embeddings,
             self.weight,
-            _labels_alone(embeddings, labels, indices_tuple, ref_emb, ref_labels),
+            labels,
             kind=self.kind,
             scale=self.scale,
             margin=self.margin,
             reduction=self.reduction,
             backend=self.backend,
         )
-
-
-def _labels_alone(
-    embeddings: Tensor,
-    labels: Tensor | None,
-    indices_tuple: Sequence[Tensor] | None,
-    ref_emb: Tensor | None,
-    ref_labels: Tensor | None,
-) -> Tensor:
-    if labels is None:
-        raise ValueError("`labels` must be given: got None; they are class numbers")
-    for name, value in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb), ("ref_labels", ref_labels)):
-        if value is not None:
-            raise ValueError(f"`{name}` must be None: this loss compares with class vectors, not with pairs")
-    _checks.matrix("embeddings", embeddings)
-    _checks.indices("labels", labels, "embeddings", embeddings)
-    return labels
