@@ -15,10 +15,10 @@ class Workspace {
   ~Workspace();
   float* floats(int slot, int64_t count);  // 64-byte aligned, contents undefined
   void trim();                             // gives large buffers back
-  static constexpr int kCandidates = 11;   // the one slot that is not the kernels' own
+  static constexpr int kCandidates = 13;   // the one slot that is not the kernels' own
 
  private:
-  static constexpr int kSlots = 12;
+  static constexpr int kSlots = 14;
   void* data_[kSlots] = {};
   int64_t capacity_[kSlots] = {};
 };
@@ -70,7 +70,6 @@ struct SearchSegment {
   int64_t count;
   float scale, offset;
   const float* query_factor;  // [B]
-  const float* key_factor;    // [count], by position
 };
 
 struct TopkItem {
@@ -82,6 +81,7 @@ struct TopkItem {
   int64_t k, capacity;
   int64_t room;  // places of a query: its capacity, and a vector to spare
   TopkFilter filter;
+  int64_t* bad;   // [n_segments] the smallest row that is not finite
   float* scores;  // [n_queries, room]; the best min(k, found) first, in no order
   int32_t* ids;
   int64_t* found;  // [n_queries]
@@ -99,11 +99,13 @@ struct BeatsItem {
   const int64_t* threshold_ids;
   int64_t targets;
   const int64_t* exclude;
+  int64_t* bad;  // the smallest row that is not finite
   int64_t* out;  // [B, P, blocks], added to atomically
 };
 
 struct PairItem {
-  const SearchSegment* segment;  // key_factor [N], by id
+  const SearchSegment* segment;
+  const float* key_factor;  // [N], by id
   Metric metric;
   int64_t first_query, n_queries;
   const int64_t* ids;  // [B, P]
@@ -113,6 +115,7 @@ struct PairItem {
 
 struct Kernels {
   const char* name;
+  bool screens;  // topk looks at bf16 products first
   void (*forward)(const ForwardItem&, Workspace&);
   void (*gradient)(const GradientItem&, Workspace&);
   void (*topk)(const TopkItem&, Workspace&);
