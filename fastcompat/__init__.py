@@ -7,11 +7,13 @@ from .evaluate import RetrievalMetrics, retrieval_metrics
 from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
 from .merge import merge_topk
+from .mixed_gallery import MixedGallery
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
 from .reference import SoftmaxStats
 
 __all__ = [
     "BackfillCurve",
+    "MixedGallery",
     "PrototypeBank",
     "RetrievalMetrics",
     "RunningPrototypes",
