@@ -6,11 +6,14 @@ from .backfill import BackfillCurve, backfill_curve
 from .evaluate import RetrievalMetrics, retrieval_metrics
 from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
+from .merge import merge_topk
+from .mixed_gallery import MixedGallery
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
 from .reference import SoftmaxStats
 
 __all__ = [
     "BackfillCurve",
+    "MixedGallery",
     "PrototypeBank",
     "RetrievalMetrics",
     "RunningPrototypes",
@@ -20,6 +23,7 @@ __all__ = [
     "class_prototypes",
     "functional",
     "losses",
+    "merge_topk",
     "mixed_topk",
     "ndpp",
     "odpp",
