@@ -115,7 +115,7 @@ BASELINES: dict[str, dict[str, Callable[[Inputs], Call]]] = {
     "chunked": dict.fromkeys(("frozen", "both"), chunked_loss),
     "faiss": dict.fromkeys(("topk_ip", "topk_cosine"), faiss_search),
     "plain topk": {"mixed_topk": plain_search},
-    "topk": {"ranks": search_for_ranks},
+    "topk": dict.fromkeys(("ranks", "ranks_100"), search_for_ranks),
     f"{STATES} sorts": {"backfill_curve": sorted_states},
 }
 

@@ -20,6 +20,7 @@ TITLES = {
     "topk_cosine": "exact top-100, cosine",
     "mixed_topk": "mixed gallery top-100",
     "ranks": "ranks of 10 targets",
+    "ranks_100": "ranks of 100 targets, best and worst",
     "backfill_curve": "backfill curve",
 }
 Case = dict[str, Any]

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import shutil
-import textwrap
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
 
 import fastcompat as fc
 
-from . import selfcheck
-
-if TYPE_CHECKING:
-    from .demo import Upgrade
-
-EXTRAS = {"sklearn", "matplotlib", "jinja2", "PIL"}
+from . import evaluate_command, selfcheck
+from ._terminal import fail, print_report, print_table, refuse_missing_extra
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -39,7 +31,7 @@ def _command() -> None:
     try:
         fc.build_info()
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -70,7 +62,7 @@ def info() -> None:
     for kernel in dict.fromkeys(check.kernel for check in checks):
         wrong = {check.simd for check in checks if check.kernel == kernel and check.problem}
         rows.append((kernel, *("FAIL" if level in wrong else "ok" for level in levels)))
-    _print_table(rows)
+    print_table(rows)
     failed = [check for check in checks if check.problem]
     for check in failed:
         typer.echo(f"FAIL {check.kernel}, {check.simd}, {check.dtype}: {check.problem}", err=True)
@@ -95,10 +87,8 @@ def demo(
         from . import demo as demonstration
         from . import report
     except ModuleNotFoundError as error:
-        extra = (error.name or "").partition(".")[0]
-        if extra not in EXTRAS:
-            raise
-        _fail(f'the demonstration needs {extra}: pip install "fastcompat[demo]"')
+        refuse_missing_extra(error, "the demonstration")
+        raise
 
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -106,52 +96,20 @@ def demo(
             folder = stack.enter_context(report.OutputFolder(out))
             images = demonstration.load(data)
         except ValueError as error:
-            _fail(str(error))
+            fail(str(error))
         found = demonstration.run(images, seed)
         seconds = round(time.perf_counter() - start, 1)
         rows, notes = demonstration.table(found), demonstration.notes(found)
-        typer.echo(f"\n{_wrapped(found.description)}\n")
-        _print_table(rows)
-        for heading, text in notes:
-            typer.echo(f"\n{heading}\n{_wrapped(text, '  ')}")
-        written = folder.write(_files(found, rows, notes, seconds))
+        print_report(found.description, rows, notes)
+        picture, title = demonstration.picture(found), f"A model upgrade on {found.data}"
+        files = report.pages(
+            picture, found.to_dict(), title, found.description, rows, notes, seed=seed, seconds=seconds
+        )
+        written = folder.write(files)
     typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(str, written))}")
 
 
-def _files(
-    found: Upgrade, rows: Sequence[Sequence[str]], notes: Sequence[tuple[str, str]], seconds: float
-) -> dict[str, bytes]:
-    """The report's files by name."""
-    from . import demo as demonstration
-    from . import report
-
-    picture = report.png(demonstration.picture(found))
-    run = {"seconds": seconds, "build": fc.build_info(), "torch": torch.__version__}
-    page = report.html("demo.html", picture, found=found, rows=rows, notes=notes, **run)
-    figures = json.dumps(found.to_dict() | run, indent=1).encode()
-    return {"curves.png": picture, "figures.json": figures, "report.html": page}
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
-
-
-def _wrapped(text: str, indent: str = "") -> str:
-    width = min(shutil.get_terminal_size().columns, 100)
-    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their longest cell; a header of several words takes two lines."""
-    heads = [textwrap.wrap(cell, max(6, len(cell) // 2 + 2), break_long_words=False) for cell in rows[0]]
-    deep = max(map(len, heads))
-    lines = [*zip(*([""] * (deep - len(head)) + head for head in heads), strict=True), *rows[1:]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for row in lines:
-        cells = zip(row, widths, strict=True)
-        first, wide = next(cells)
-        typer.echo("  ".join([f"{first:{wide}}", *(f"{cell:>{wide}}" for cell, wide in cells)]))
+app.command()(evaluate_command.evaluate)
 
 
 def _cpu_name() -> str:

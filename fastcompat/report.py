@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ._native import build_info
 from .backfill import BackfillCurve
 
 # Okabe and Ito's colours, safe for colour-blind readers; the dashes help in print.
@@ -110,11 +113,27 @@ def png(fig: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def html(template: str, picture: bytes, **values: Any) -> bytes:
-    """Fill one of the package's templates; the picture is embedded, so that the page is one file."""
-    text = files("fastcompat").joinpath("templates", template).read_text(encoding="utf-8")
+def pages(
+    picture: Figure,
+    figures: dict[str, Any],
+    title: str,
+    description: str,
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[tuple[str, str]],
+    *,
+    seed: int,
+    seconds: float,
+    name: str = "report.html",
+) -> dict[str, bytes]:
+    """A report's files by name: the page, with its picture embedded, the picture alone, and all figures."""
+    run = {"seconds": seconds, "build": build_info(), "torch": torch.__version__}
+    text = files("fastcompat").joinpath("templates", "report.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(text)
-    return page.render(picture=base64.b64encode(picture).decode(), **values).encode()
+    values = {"title": title, "description": description, "rows": rows, "notes": notes, "seed": seed}
+    drawn = png(picture)
+    filled = page.render(picture=base64.b64encode(drawn).decode(), **values, **run)
+    numbers = json.dumps(figures | run, indent=1).encode()
+    return {"curves.png": drawn, "figures.json": numbers, name: filled.encode()}
 
 
 class OutputFolder:
