@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.linalg import orthogonal_procrustes
 from torch import nn
 from transform_cases import QUIET, as_tuple, fitted, forward, inputs, reverse, spaces
 
@@ -145,6 +146,27 @@ def test_rqt_finds_old_features_and_mcl_makes_them_comparable():
     assert area(mcl) > area(rqt)
 
 
+def test_labels_alone_mean_the_default_loss():
+    compatible = fc.losses.MetricCompatibleLoss(temperature=0.2)
+    seen, _ = spaces()
+    psi = fc.ReverseQueryTransform(24, 16)
+    psi.fit(seen["old"], seen["new"], seen["labels"], compatible=compatible, weight=0.3, epochs=2, **QUIET)
+    default = reverse(with_labels=True, epochs=2)
+    assert psi.history == default.history
+    assert torch.equal(psi(seen["new"]), default(seen["new"]))
+
+
+def test_classes_of_one_item_and_items_without_a_class():
+    seen, unseen = spaces()
+    for labels in (torch.arange(1000), torch.full((1000,), -1)):
+        psi = fc.ReverseQueryTransform(24, 16)
+        psi.fit(seen["old"], seen["new"], labels, epochs=2, **QUIET)
+        assert psi(unseen["new"]).isfinite().all()
+    h = fc.ForwardTransform(16, 24, hidden=16, log_variance=True)
+    h.fit(seen["old"], seen["new"], torch.arange(1000), epochs=2, **QUIET)
+    assert all(part.isfinite().all() for part in h(unseen["old"]))
+
+
 def test_the_l2_distance_reaches_the_lengths_too():
     seen, unseen = spaces()
     found = {}
@@ -178,9 +200,8 @@ def test_procrustes_recovers_a_rotation(d_src, d_dst):
 
 
 def test_procrustes_is_the_best_rotation():
-    scipy = pytest.importorskip("scipy.linalg")
     src, dst = np.random.default_rng(0).normal(size=(2, 50, 6))
-    expected, _ = scipy.orthogonal_procrustes(src, dst)
+    expected, _ = orthogonal_procrustes(src, dst)
     np.testing.assert_allclose(fc.Procrustes().fit(src, dst).rotation, expected, rtol=1e-5, atol=1e-6)
 
 
