@@ -8,15 +8,22 @@ from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
 from .merge import merge_topk
 from .mixed_gallery import MixedGallery
+from .ordering import uncertainty
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
 from .reference import SoftmaxStats
+from .transforms import ForwardTransform, Procrustes, ResidualHead, ReverseQueryTransform, SideInformation
 
 __all__ = [
     "BackfillCurve",
+    "ForwardTransform",
     "MixedGallery",
+    "Procrustes",
     "PrototypeBank",
+    "ResidualHead",
     "RetrievalMetrics",
+    "ReverseQueryTransform",
     "RunningPrototypes",
+    "SideInformation",
     "SoftmaxStats",
     "backfill_curve",
     "build_info",
@@ -31,4 +38,5 @@ __all__ = [
     "retrieval_metrics",
     "softmax_stats",
     "topk",
+    "uncertainty",
 ]

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-EXTRAS = {"sklearn", "matplotlib", "tqdm", "jinja2", "PIL"}
+EXTRAS = {"sklearn", "matplotlib", "jinja2", "PIL"}
 
 
 def fail(message: str) -> NoReturn:

@@ -14,7 +14,8 @@ import typer
 
 import fastcompat as fc
 
-from . import evaluate_command, selfcheck
+from . import align_command, evaluate_command, selfcheck
+from ._output import OutputFolder
 from ._terminal import fail, print_report, print_table, refuse_missing_extra
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -93,7 +94,7 @@ def demo(
     start = time.perf_counter()
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(report.OutputFolder(out))
+            folder = stack.enter_context(OutputFolder(out))
             images = demonstration.load(data)
         except ValueError as error:
             fail(str(error))
@@ -110,6 +111,7 @@ def demo(
 
 
 app.command()(evaluate_command.evaluate)
+app.command()(align_command.align)
 
 
 def _cpu_name() -> str:

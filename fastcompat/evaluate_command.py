@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ._output import OutputFolder
 from ._terminal import fail, print_report, refuse_missing_extra
 
 
@@ -46,7 +47,7 @@ def evaluate(
         try:
             if out.suffix != ".html":
                 raise ValueError(f"`--out` must end in .html: got `{out}`")
-            folder = stack.enter_context(report.OutputFolder(out.parent))
+            folder = stack.enter_context(OutputFolder(out.parent))
             upgrade = vector_files.load(old, new, labels, query_old, query_new, query_labels)
             given = None if order == "random" else vector_files.read("order", Path(order))
             found = vector_files.curves(upgrade, given, metric, states, seed)

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastcompat import _native, _ops, demo, report, selfcheck
+from fastcompat import _native, _ops, demo, selfcheck
+from fastcompat._output import OutputFolder
 from fastcompat.cli import app
 
 COMMAND = "from fastcompat.cli import main; main()"
@@ -186,7 +187,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path: Pa
 import sys
 from typer.testing import CliRunner
 from fastcompat.cli import app
-for extra in ("sklearn", "matplotlib", "tqdm", "jinja2", "PIL"):
+for extra in ("sklearn", "matplotlib", "jinja2", "PIL"):
     for name in [n for n in sys.modules if n.startswith(("fastcompat.demo", "fastcompat.report"))]:
         del sys.modules[name]
     sys.modules[extra] = None
@@ -197,14 +198,14 @@ for extra in ("sklearn", "matplotlib", "tqdm", "jinja2", "PIL"):
     found = python(tmp_path, script)
     assert found.stdout.splitlines() == [
         f'2 error: the demonstration needs {extra}: pip install "fastcompat[demo]"'
-        for extra in ("sklearn", "matplotlib", "tqdm", "jinja2", "PIL")
+        for extra in ("sklearn", "matplotlib", "jinja2", "PIL")
     ]
 
 
 def test_info_needs_no_extra(tmp_path: Path):
     script = (
         "import sys\n"
-        "for extra in ('sklearn', 'matplotlib', 'tqdm', 'jinja2', 'PIL'): sys.modules[extra] = None\n"
+        "for extra in ('sklearn', 'matplotlib', 'jinja2', 'PIL'): sys.modules[extra] = None\n"
         "sys.argv[1:] = ['info']\n"
         "from fastcompat.cli import main; main()"
     )
@@ -230,7 +231,7 @@ def test_an_interrupted_write_keeps_the_report_of_before(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     (tmp_path / "report.html").write_text("before")
-    with report.OutputFolder(tmp_path) as folder, monkeypatch.context() as patch:
+    with OutputFolder(tmp_path) as folder, monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             folder.write({"curves.png": b"now", "report.html": b"now"})
