@@ -68,8 +68,8 @@ constexpr bool kScreens = false;
 
 extern const Kernels FASTCOMPAT_TABLE;
 const Kernels FASTCOMPAT_TABLE = {
-    FASTCOMPAT_NAME, kScreens,   forward_item, gradient_item, topk_item,
-    beats_item,      pairs_item, factors,      store_row,     load_row,
+    FASTCOMPAT_NAME, kScreens,   NB,         forward_item, gradient_item, topk_item, packed_floats,
+    pack_item,       beats_item, pairs_item, factors,      store_row,     load_row,
 };
 
 }  // namespace fastcompat

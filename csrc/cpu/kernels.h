@@ -70,6 +70,7 @@ struct SearchSegment {
   int64_t count;
   float scale, offset;
   const float* query_factor;  // [B]
+  float* packed;              // or null
 };
 
 struct TopkItem {
@@ -113,12 +114,23 @@ struct PairItem {
   float* out;  // [B, P]
 };
 
+struct PackItem {
+  RowRange keys;
+  Metric metric;
+  int64_t begin, end;  // positions, begin at the start of a block
+  int64_t* bad;        // the smallest row that is not finite
+  float* out;          // of the block at `begin`
+};
+
 struct Kernels {
   const char* name;
-  bool screens;  // topk looks at bf16 products first
+  bool screens;   // topk looks at bf16 products first
+  int pack_rows;  // rows of a packed block
   void (*forward)(const ForwardItem&, Workspace&);
   void (*gradient)(const GradientItem&, Workspace&);
   void (*topk)(const TopkItem&, Workspace&);
+  int64_t (*packed_floats)(const Matrix& keys);  // of a packed block; 0: there is no packed form
+  void (*pack)(const PackItem&, Workspace&);
   void (*count_beats)(const BeatsItem&, Workspace&);
   void (*pair_scores)(const PairItem&, Workspace&);
   // Per row: 1/norm (cosine), squared norm (l2), 1 (ip). Returns the position of the first row that is not finite, or

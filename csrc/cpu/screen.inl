@@ -39,7 +39,9 @@ struct ScreenBlock {
   float* rows;                                  // bf16, packed
   float *multiply, *norm, *slack, *high, *low;  // [NB]: dot * multiply + high (low) +- (norm, slack) times the query's
 
-  static int64_t floats(int64_t words) { return chunks_of(words) * NB * CHUNK + 5 * NB; }
+  // As rows of equal length, so that Ahead can fetch it.
+  static int64_t row_floats(int64_t words) { return chunks_of(words) * CHUNK + 5; }
+  static int64_t floats(int64_t words) { return NB * row_floats(words); }
 
   ScreenBlock(float* memory, int64_t words) : rows(memory) {
     multiply = memory + chunks_of(words) * NB * CHUNK;

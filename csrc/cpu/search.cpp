@@ -60,7 +60,7 @@ struct Prepared {
 
   Prepared(const Segment& s, Metric metric, int number, int threads)
       : query_factor(factors({s.query, nullptr, 0, s.query.rows}, metric, "query", number, threads)),
-        segment{s.query, s.keys, s.rows, s.count, s.scale, s.offset, query_factor.data()} {}
+        segment{s.query, s.keys, s.rows, s.count, s.scale, s.offset, query_factor.data(), s.packed} {}
 };
 
 void refuse_bad(const std::vector<int64_t>& bad) {
@@ -69,6 +69,29 @@ void refuse_bad(const std::vector<int64_t>& bad) {
 }
 
 }  // namespace
+
+int64_t packed_size(const Matrix& keys, int64_t count) {
+  const Kernels& kernel = kernels();
+  return kernel.packed_floats(keys) * ((count + kernel.pack_rows - 1) / kernel.pack_rows);
+}
+
+void pack(const Segment& s, Metric metric, float* out, int threads) {
+  check_sizes(s);
+  const Kernels& kernel = kernels();
+  const int64_t rows = 4 * kernel.pack_rows, floats = 4 * kernel.packed_floats(s.keys);
+  std::vector<int64_t> bad(1, kNone);
+  parallel_for((s.count + rows - 1) / rows, threads_for(threads, 16, s.count, s.keys.dim),
+               [&](int64_t n, Workspace& ws) {
+                 kernel.pack({{s.keys, s.rows, 0, s.count},
+                              metric,
+                              n * rows,
+                              std::min(s.count, (n + 1) * rows),
+                              bad.data(),
+                              out + n * floats},
+                             ws);
+               });
+  refuse_bad(bad);
+}
 
 void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
           int64_t* ids, int threads) {
@@ -160,7 +183,7 @@ void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t ta
   const std::vector<float> used_factor = factors({s.keys, used.data(), 0, n_used}, metric, "keys", 0, threads);
   std::vector<float> key_factor(static_cast<size_t>(s.keys.rows));
   for (size_t n = 0; n < used.size(); ++n) key_factor[used[n]] = used_factor[n];
-  const SearchSegment segment{s.query, s.keys, nullptr, s.keys.rows, s.scale, s.offset, query_factor.data()};
+  const SearchSegment segment{s.query, s.keys, nullptr, s.keys.rows, s.scale, s.offset, query_factor.data(), nullptr};
   const int64_t block = block_of(B, 4 * s.query.dim);
   parallel_for((B + block - 1) / block, threads_for(threads, B, targets, s.query.dim), [&](int64_t n, Workspace& ws) {
     kernel.pair_scores(

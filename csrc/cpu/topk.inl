@@ -196,16 +196,21 @@ void screen_segment(const TopkItem& item, const SearchSegment& s, int64_t begin,
   [[maybe_unused]] const Screen::Scope scope;
   const ScreenedQueries queries(s, item.metric, item.first_query, item.n_queries, ws);
   const SegmentTerms segment(s, item.metric);
-  ScreenBlock block(ws.floats(kRows, ScreenBlock::floats(queries.words)), queries.words);
+  const int64_t block_floats = ScreenBlock::floats(queries.words);
+  float* packed = s.packed ? s.packed + begin / NB * block_floats : ws.floats(kRows, block_floats);
   float* dots = ws.floats(kScores, NB * L);
   Passed passed;
   Bounded candidates(state, s, ws);
   const RowRange keys{s.keys, s.rows, 0, s.count};
-  for (int64_t first = begin; first < end; first += NB) {
+  const int64_t row_floats = ScreenBlock::row_floats(queries.words);
+  const RowRange kept{{s.packed, DType::f32, s.count, row_floats, row_floats}, nullptr, 0, s.count};
+  for (int64_t first = begin; first < end; first += NB, packed += s.packed ? block_floats : 0) {
     const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
-    block.fill(keys, item.metric, first, n, bad, ws);
+    ScreenBlock block(packed, queries.words);
+    if (!s.packed) block.fill(keys, item.metric, first, n, bad, ws);
     for (int t = 0; t < queries.strips; ++t) {
-      score_block<Screen>(block.rows, n, queries.panel(t), queries.words, dots, {keys, first + NB, t, queries.strips});
+      const Ahead ahead{s.packed ? kept : keys, first + NB, t, queries.strips};
+      score_block<Screen>(block.rows, n, queries.panel(t), queries.words, dots, ahead);
       state.refresh(t);
       float* threshold = state.threshold + t * L;
       for (int from = 0; from < n; from += Passed::kRows) {
@@ -230,6 +235,27 @@ inline bool screening_pays(const TopkItem& item, const SearchSegment& s, int64_t
 }
 #endif
 
+int64_t packed_floats([[maybe_unused]] const Matrix& keys) {
+#ifdef FASTCOMPAT_BF16
+  return with_search_arithmetic(keys, [&](auto a) {
+    return decltype(a)::PACK == 1 ? ScreenBlock::floats(words_of<Screen>(keys.dim)) : int64_t{0};
+  });
+#else
+  return 0;
+#endif
+}
+
+void pack_item([[maybe_unused]] const PackItem& item, [[maybe_unused]] Workspace& ws) {
+#ifdef FASTCOMPAT_BF16
+  const int64_t words = words_of<Screen>(item.keys.matrix.dim);
+  float* out = item.out;
+  for (int64_t first = item.begin; first < item.end; first += NB, out += ScreenBlock::floats(words)) {
+    const int n = static_cast<int>(smaller<int64_t>(item.end - first, NB));
+    ScreenBlock(out, words).fill(item.keys, item.metric, first, n, item.bad, ws);
+  }
+#endif
+}
+
 // The scores of a segment by the quickest way that is exact.
 void search_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, TopkState& state,
                     int64_t* bad, Workspace& ws) {
@@ -252,8 +278,11 @@ void topk_item(const TopkItem& item, Workspace& ws) {
   bool first_touched = true;
   for (int i = 0; i < item.n_segments; ++i) {
     const SearchSegment& s = item.segments[i];
-    const int64_t begin = item.begin > start ? item.begin - start : 0;
-    const int64_t end = smaller(item.end - start, s.count);
+    // Whole blocks: those that begin among the item's positions.
+    const auto block_at = [&](int64_t position) {
+      return position <= start ? 0 : (position - start + NB - 1) / NB * NB;
+    };
+    const int64_t begin = block_at(item.begin), end = smaller(block_at(item.end), s.count);
     start += s.count;
     if (begin >= end) continue;
     if (!first_touched && state.ids_ascend) {
