@@ -19,6 +19,9 @@ struct Launch {
   void* scratch;              // 256-byte aligned, at least as large as the matching *_scratch says
 };
 
+// Why this device cannot run the kernels and what to do about it; empty where it can.
+std::string unusable(int device);
+
 // *_scratch: bytes of scratch the call wants, from shapes, dtypes and the device alone (pointers are not read, but
 // whether one is null may count; launch.scratch is ignored).
 size_t softmax_stats_scratch(const SoftmaxProblem& problem, bool want_mean, const Launch& launch);
