@@ -214,6 +214,7 @@ enum cudaDeviceAttr {
 };
 namespace emu {
 inline int multiprocessors = 4, capability = 80;  // the device that cudaDeviceGetAttribute describes
+inline int driver = 13000;                        // the CUDA version that it supports
 }
 inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -228,6 +229,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
                                                             : static_cast<int>(emu::smem_limit);
   return cudaSuccess;
 }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = emu::driver, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 template <class T>
 cudaError_t cudaMalloc(T** p, size_t bytes) {
   void* raw = nullptr;
