@@ -71,6 +71,17 @@ inline void __syncthreads(emu::Where at = emu::here()) {
   emu::meet({&emu::self().block->meetings[emu::BARRIER], 0, threads, true, true, true}, "__syncthreads", at, nullptr,
             emu::Nothing());
 }
+inline int __syncthreads_or(int predicate, emu::Where at = emu::here()) {
+  const int threads = blockDim.x * blockDim.y * blockDim.z;
+  int any = predicate != 0;
+  emu::meet({&emu::self().block->meetings[emu::BARRIER], 0, threads, true, true, true}, "__syncthreads_or", at, &any,
+            [](const std::vector<emu::Fiber*>& all) {
+              int result = 0;
+              for (emu::Fiber* f : all) result |= *static_cast<int*>(f->argument);
+              for (emu::Fiber* f : all) *static_cast<int*>(f->argument) = result;
+            });
+  return any;
+}
 inline void __syncwarp(unsigned mask = ~0u, emu::Where at = emu::here()) {
   emu::warp_meet(mask, "__syncwarp", at, nullptr, emu::Nothing(), true);
 }
