@@ -240,7 +240,10 @@ cudaError_t cudaMalloc(T** p, size_t bytes) {
   *p = static_cast<T*>(raw);
   return cudaSuccess;
 }
-inline cudaError_t cudaFree(void* p) { return free(p), cudaSuccess; }
+inline cudaError_t cudaFree(void* p) {
+  emu::Quiet quiet;
+  return free(p), cudaSuccess;
+}
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
   return memcpy(to, from, bytes), cudaSuccess;
 }

@@ -513,10 +513,11 @@ inline void run_cluster(size_t smem) {
   if (!machine.engine.empty()) throw std::runtime_error("blocks exit while copies are under way");
 }
 
+// Fibers whose kernel has not ended are abandoned: their frames are not unwound, and ThreadSanitizer keeps its threads.
 inline void drop_fibers() {
   for (Fiber& f : machine.fibers) {
 #ifdef __SANITIZE_THREAD__
-    if (f.tsan) __tsan_destroy_fiber(f.tsan);
+    if (f.tsan && f.state == Fiber::DONE) __tsan_destroy_fiber(f.tsan);
 #endif
     drop_stack(f);
   }
@@ -567,7 +568,7 @@ inline void launch(int cluster, dim3 grid, dim3 block, size_t smem, std::functio
   } catch (...) {
     machine.current = nullptr;
     machine.engine.clear();
-    drop_fibers();  // abandoned: their frames are not unwound
+    drop_fibers();
     throw;
   }
   acquire(&machine.grid_end);

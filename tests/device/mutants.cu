@@ -100,7 +100,10 @@ __global__ void __launch_bounds__(128)
         if (row < B && column < N) scores[row * N + column] = s[j][i];
         sum[i / 2] += s[j][i];  // columns past N are zero
       }
-    if (bug == EARLY_RETURN && blockIdx.x * TILE + warp * 16 + 16 > unsigned(B)) return;
+    if (bug == EARLY_RETURN && blockIdx.x * TILE + warp * 16 + 16 > unsigned(B)) {
+      cp_async_wait<0>();
+      return;
+    }
     if (bug != NO_BARRIER_BEFORE_REUSE) __syncthreads();
   }
   if (bug != COPIES_NOT_AWAITED)
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(128)
       mail[threadIdx.x] = sum[h];
       sum[h] += mail[threadIdx.x ^ 1];
     } else {
-      const unsigned mask = bug == SHUFFLE_OUTSIDE_THE_MASK ? 0x3fffffff : ~0u;
+      const unsigned mask = bug == SHUFFLE_OUTSIDE_THE_MASK ? 0x7fffffff : ~0u;
       if (mask >> lane & 1) sum[h] += __shfl_xor_sync(mask, sum[h], 1);
       __syncwarp();
     }
@@ -199,7 +202,7 @@ __global__ void __launch_bounds__(160)
       if (bug == RESULT_READ_BEFORE_WAIT) wgmma_wait<0>();
     }
   }
-  if (bug != EXIT_BEFORE_THE_OTHER_BLOCK || rank == 0) cluster_sync();
+  if (bug != EXIT_BEFORE_THE_OTHER_BLOCK) cluster_sync();
 }
 
 constexpr int B = 120, N = 200;

@@ -104,7 +104,7 @@ inline void tensor_copy(void* dst, const TensorMap& map, int col, int row, uint6
   // Rows r of the box that lie in the matrix, and how many of their elements do.
   const int64_t first = std::max<int64_t>(0, -int64_t(row)), last = std::min<int64_t>(map.box_rows, map.rows - row);
   const int64_t left = std::max<int64_t>(0, -int64_t(col)), right = std::min<int64_t>(64, map.cols - col);
-  auto source = [=, &map](int64_t r, int64_t c) { return map.data + (row + r) * map.stride + col + c; };
+  auto source = [=](int64_t r, int64_t c) { return map.data + (row + r) * map.stride + col + c; };
   std::vector<Range> reads;
   if (left < right)
     for (int64_t r = first; r < last; ++r) reads.push_back({source(r, left), size_t(right - left) * 2, false});
