@@ -37,19 +37,20 @@ SoftmaxProblem problem_of(const ProblemTuple& t) {
           pointer<int64_t>(exclude)};
 }
 
-// (query, keys, dtype, D, query stride, keys stride, N, rows, count, scale, offset)
+// (query, keys, dtype, D, query stride, keys stride, N, rows, count, scale, offset, packed)
 using SegmentTuple =
-    std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, Address, int64_t, float, float>;
+    std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, Address, int64_t, float, float, Address>;
 
 Segment segment_of(const SegmentTuple& t, int64_t B) {
-  const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset] = t;
+  const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset, packed] = t;
   const DType type = static_cast<DType>(dtype);
   return {{pointer<void>(query), type, B, D, query_stride},
           {pointer<void>(keys), type, N, D, keys_stride},
           pointer<int64_t>(rows),
           count,
           scale,
-          offset};
+          offset,
+          pointer<float>(packed)};
 }
 
 #ifdef FASTCOMPAT_CUDA
@@ -199,6 +200,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd", &simd);
   m.def("set_simd", &set_simd);
 
+  m.def("packed_size", [](const SegmentTuple& t) {
+    const Segment segment = segment_of(t, 0);
+    return packed_size(segment.keys, segment.count);
+  });
+  m.def(
+      "pack",
+      [](const SegmentTuple& segment, int metric, Address out, int threads) {
+        pack(segment_of(segment, 0), static_cast<Metric>(metric), pointer<float>(out), threads);
+      },
+      Release());
   define_kernels<int>(m);
 #ifdef FASTCOMPAT_CUDA
   py::module_ gpu = m.def_submodule("cuda", "the same kernels on a GPU");

@@ -170,7 +170,13 @@ class _Call:
         )
 
     def segment(
-        self, query: Tensor, keys: Tensor, rows: Tensor | None, scale: float = 1.0, offset: float = 0.0
+        self,
+        query: Tensor,
+        keys: Tensor,
+        rows: Tensor | None,
+        scale: float = 1.0,
+        offset: float = 0.0,
+        packed: int = 0,
     ) -> tuple[Any, ...]:
         query, keys = self.rows(query), self.rows(keys)
         return (
@@ -185,7 +191,18 @@ class _Call:
             keys.shape[0] if rows is None else rows.shape[0],
             scale,
             offset,
+            packed,
         )
+
+
+def pack(keys: Tensor, rows: Tensor | None, metric: str) -> Tensor:
+    """The keys (these rows) as `topk` wants them on this instruction set; empty where it wants none."""
+    call = _Call(keys)
+    segment = call.segment(keys[:0], keys, rows)
+    kept = torch.empty(0 if call.gpu else _C.packed_size(segment))
+    if kept.numel():
+        call.run("pack", segment, METRICS.index(metric), kept.data_ptr())
+    return kept
 
 
 def softmax_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -256,12 +273,14 @@ def topk(
     query_labels: Tensor | None,
     key_labels: Tensor | None,
     exclude: Tensor | None,
+    packed: Sequence[Tensor],
     report: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The op `fastcompat::topk`."""
     call = _Call(query[0])
     every: Sequence[Tensor | None] = rows or [None]
-    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, strict=True)]
+    kept = [p.data_ptr() if p.numel() else 0 for p in packed] or [0] * len(keys)
+    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, kept, strict=True)]
     count = query[0].shape[0]
     scores = query[0].new_empty((count, k), dtype=torch.float32)
     ids = query[0].new_empty((count, k), dtype=torch.int64)

@@ -20,7 +20,8 @@ _SCHEMAS = (
     f"softmax_key_grad({_PROBLEM}, Tensor neg_lse, Tensor pos_lse, Tensor? grad_neg, Tensor? grad_pos, "
     "Tensor? grad_sum, bool want_keys, bool want_bias) -> (Tensor, Tensor)",
     "topk(Tensor[] query, Tensor[] keys, Tensor[] rows, float[] scale, float[] offset, SymInt k, str metric, "
-    "Tensor? query_labels, Tensor? key_labels, Tensor? exclude, bool report=True) -> (Tensor, Tensor)",
+    "Tensor? query_labels, Tensor? key_labels, Tensor? exclude, Tensor[] packed, bool report=True) "
+    "-> (Tensor, Tensor)",
     "pair_scores(Tensor query, Tensor keys, Tensor ids, str metric) -> Tensor",
     "count_beats(Tensor query, Tensor keys, Tensor? rows, Tensor bounds, Tensor thresholds, "
     "Tensor threshold_ids, str metric, Tensor? exclude) -> Tensor",
@@ -56,7 +57,7 @@ def _(query, keys, *rest):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("fastcompat::topk")
-def _(query, keys, rows, scale, offset, k, metric, query_labels, key_labels, exclude, report=True):  # type: ignore[no-untyped-def]
+def _(query, keys, rows, scale, offset, k, metric, query_labels, key_labels, exclude, *rest):  # type: ignore[no-untyped-def]
     shape = (query[0].shape[0], k)
     return query[0].new_empty(shape, dtype=torch.float32), query[0].new_empty(shape, dtype=torch.int64)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks, _folder, _search
+from . import _checks, _folder, _native, _search
 from .functional import Array
 from .gallery import backfilled_mask, two_numbers
 from .reference import Segment
@@ -27,11 +27,21 @@ class _State:
 
     def __init__(self, new: Tensor | None, backfilled: Tensor) -> None:
         self.new, self.backfilled = new, backfilled
+        self._packed: dict[tuple[int, str], Tensor | None] = {}  # None: asked for once
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
         """The rows that count with their old and with their new vector."""
         return (~self.backfilled).nonzero()[:, 0], self.backfilled.nonzero()[:, 0]
+
+    def packed(self, side: int, part: Segment, metric: str, names: tuple[str, str]) -> Tensor:
+        """The keys as the search kernels want them, from the second search of this state on; else empty."""
+        name = (side, _native.simd())
+        kept = self._packed.get(name)
+        if kept is None and name in self._packed:
+            kept = _search.pack(part, metric, names)
+        self._packed[name] = kept
+        return torch.empty(0) if kept is None else kept
 
 
 class MixedGallery:
@@ -41,12 +51,15 @@ class MixedGallery:
     `fastcompat.mixed_topk` on the state of that moment. The old model can be retired when `fraction` is 1: a
     side without items needs no query.
 
+    From the second search of one state on, the vectors are kept in the form that the CPU kernels read (half
+    the size of float32 vectors), so that small batches of queries need not convert them again.
+
     Searches may run in any number of threads beside one another and beside updates: each sees the gallery
     before an update or after it, never half of one.
 
     Args:
         old: [N, D_old] float32, bfloat16, float16 or float64; a torch tensor or a NumPy array, memory-mapped
-            ones included. It is not copied.
+            ones included. It is not copied and must not change.
         new: [N, D_new], rows of items not backfilled hold anything (None: nothing is backfilled yet, and the
             first update says D_new). Never written to: the first update copies it.
         backfilled: [N] bool, given with `new`: which items count with their new vector.
@@ -122,6 +135,7 @@ class MixedGallery:
         state, names = self._state, (("query_old", "old"), ("query_new", "new"))
         sides = zip((query_old, query_new), (self._old, state.new), state.rows, strict=True)
         parts: list[Segment] = []
+        packed: list[Tensor] = []
         used: list[tuple[str, str]] = []
         queries: list[tuple[str, Tensor]] = []
         for s, (given, keys, rows) in enumerate(sides):
@@ -143,9 +157,13 @@ class MixedGallery:
                 every = len(rows) == len(self)
                 parts.append(Segment(query, keys, None if every else rows, self._scale[s], self._offset[s]))
                 used.append(names[s])
+                if not _checks.takes_native(self._backend, query) or query.is_cuda:
+                    packed.append(torch.empty(0))
+                else:
+                    packed.append(state.packed(s, parts[-1], self._metric, names[s]))
         k = _checks.positive_int("k", k)
         native = all([_checks.takes_native(self._backend, part.query) for part in parts])
-        scores, ids = _search.topk(parts, k, self._metric, native=native, names=used)
+        scores, ids = _search.topk(parts, k, self._metric, native=native, names=used, packed=packed)
         if self._ids is not None:
             ids = self._ids.of_row[ids]
         found: tuple[Array, Array] = _checks.give_back(

@@ -139,6 +139,7 @@ def _topk(dtype: torch.dtype, device: torch.device) -> str:
                 None,
                 None,
                 None,
+                [],
             )
             truth = reference.topk([reference.Segment(query, keys)], 10, metric)
             if not (torch.equal(found[0], truth[0]) and torch.equal(found[1], truth[1])):

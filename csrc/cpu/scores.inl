@@ -38,11 +38,7 @@ inline double squared_norm(const float* row, int64_t dim) {
       const F a = Simd::load(row + d + v * W);
       acc[v] = Simd::fma(a, a, acc[v]);
     }
-  float lanes[W];
-  Simd::store(lanes, Simd::add(Simd::add(acc[0], acc[1]), Simd::add(acc[2], acc[3])));
-  for (int half = W / 2; half; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  float sum = lanes[0];
+  float sum = Simd::sum(Simd::add(Simd::add(acc[0], acc[1]), Simd::add(acc[2], acc[3])));
   for (; d < dim; ++d) sum += row[d] * row[d];
   if (sum > 1e-30f && sum < 1e37f) return sum;
   double exact = 0;

@@ -13,20 +13,20 @@ using Screen = Amx;
 using Screen = Bf16;
 #endif
 
+constexpr int kSoon = 12;                       // rows ahead that filling a block fetches
 constexpr double kLeast = 1e-12, kMost = 1e12;  // norms between these can neither overflow nor vanish in a product
 
-// Writes the row in bf16, zeros up to a whole step; returns the norm of what rounding took away.
-inline float round_row(const float* x, int64_t dim, int64_t words, uint16_t* out) {
-  F rest = Simd::set1(0.0f);
-  for (int64_t d = 0; d < 2 * words; d += W) {
-    const __mmask16 there = d + W <= dim ? 0xffff : d < dim ? (1u << (dim - d)) - 1 : 0;
-    const F a = _mm512_maskz_loadu_ps(there, x + d);
+// Writes dimensions from .. to of a row in bf16, zeros up to whole vectors; adds to `rest` what rounding took away,
+// squared.
+inline F round_row(const float* x, int64_t from, int64_t to, uint16_t* out, F rest) {
+  for (int64_t d = from; d < to; d += W, out += W) {
+    const F a = d + W <= to ? Simd::load(x + d) : _mm512_maskz_loadu_ps((1u << (to - d)) - 1, x + d);
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(a);
-    _mm256_mask_storeu_epi16(out + d, d + W <= 2 * words ? 0xffff : (1u << (2 * words - d)) - 1, rounded);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), rounded);
     const F lost = Simd::sub(a, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
     rest = Simd::fma(lost, lost, rest);
   }
-  return __builtin_sqrtf(_mm512_reduce_add_ps(rest));
+  return rest;
 }
 
 // Norms are sums of D rounded squares: made a little larger, they are bounds.
@@ -52,30 +52,41 @@ struct ScreenBlock {
   }
 
   void fill(const RowRange& keys, Metric metric, int64_t first, int n, int64_t* bad, Workspace& ws) {
-    const int64_t dim = keys.matrix.dim, words = words_of<Screen>(dim);
+    const int64_t dim = keys.matrix.dim, steps = words_of<Screen>(dim);
     float* line = ws.floats(kLine, dim);
-    uint16_t* rounded = reinterpret_cast<uint16_t*>(ws.floats(kConvert, words));
+    float rest[NB + W] = {}, squared[NB + W] = {};
     for (int i = 0; i < n; ++i) {
+      if (first + i + kSoon < keys.count) prefetch_row(keys.matrix, keys.row(first + i + kSoon));
       const int64_t row = keys.row(first + i);
       const float* x = floats_of(keys.matrix, row, line);
-      const double squared = squared_norm(x, dim), length = __builtin_sqrt(squared);
-      if (!(squared < __builtin_inf())) note_bad(bad, row);
-      const float rest = round_row(x, dim, words, rounded);
-      for (int64_t c = 0; c * CHUNK < words; ++c)
-        std::memcpy(rows + (c * NB + i) * CHUNK, rounded + 2 * c * CHUNK,
-                    static_cast<size_t>(smaller<int64_t>(words - c * CHUNK, CHUNK)) * sizeof(float));
-      const Terms k = key_terms(metric, metric == Metric::cosine ? inverse_norm(squared) : static_cast<float>(squared));
+      F lost = Simd::set1(0.0f);
+      for (int64_t c = 0; c * CHUNK < steps; ++c) {
+        uint16_t* out = reinterpret_cast<uint16_t*>(rows + (c * NB + i) * CHUNK);
+        lost = round_row(x, c * 2 * CHUNK, smaller<int64_t>(dim, (c + 1) * 2 * CHUNK), out, lost);
+        const int64_t done = (smaller<int64_t>(dim - c * 2 * CHUNK, 2 * CHUNK) + W - 1) / W * W;
+        const int64_t all = smaller<int64_t>(2 * (steps - c * CHUNK), 2 * CHUNK);
+        if (done < all) std::memset(out + done, 0, static_cast<size_t>(all - done) * sizeof *out);
+      }
+      rest[i] = Simd::sum(lost);
+      const double exact = squared_norm(x, dim);
+      if (!(exact < __builtin_inf())) note_bad(bad, row);
+      squared[i] = static_cast<float>(exact);
+      const Terms k = key_terms(metric, metric == Metric::cosine ? inverse_norm(exact) : squared[i]);
       const float blur = static_cast<float>(dim + 64) * 0x1p-23f * -k.add;  // of the squared norm
       multiply[i] = k.multiply;
-      norm[i] = larger(length, dim) * k.multiply;
-      slack[i] = larger(rest, dim) * k.multiply;
       high[i] = k.add + blur;
       low[i] = k.add - blur;
-      if (length != 0 && !(length > kLeast && length < kMost)) {  // such a key always passes
-        multiply[i] = norm[i] = slack[i] = 0;
+      if (exact != 0 && !(exact > kLeast * kLeast && exact < kMost * kMost)) {  // such a key always passes
+        multiply[i] = 0;
         high[i] = kInf;
         low[i] = -kInf;
       }
+    }
+    const F more = Simd::set1(larger(1, dim));
+    for (int i = 0; i < n; i += W) {
+      const F factor = Simd::mul(more, Simd::load(multiply + i));
+      Simd::store(norm + i, Simd::mul(factor, _mm512_sqrt_ps(Simd::load(squared + i))));
+      Simd::store(slack + i, Simd::mul(factor, _mm512_sqrt_ps(Simd::load(rest + i))));
     }
   }
 };
@@ -101,12 +112,14 @@ struct ScreenedQueries {
     std::memset(panels, 0, static_cast<size_t>(strips * words * L) * sizeof(float));
     std::memset(strip, 0, static_cast<size_t>(strips) * sizeof(ScreenStrip));
     float* line = ws.floats(kLine, dim);
-    float* rounded = ws.floats(kConvert, words);
+    float* rounded = ws.floats(kConvert, words + W);
+    std::memset(rounded, 0, static_cast<size_t>(words) * sizeof(float));
     const double sums = (2.0 * static_cast<double>(dim) + 32) * 0x1p-24;
     for (int64_t q = 0; q < count; ++q) {
       const float* x = floats_of(s.query, first + q, line);
       const double length = __builtin_sqrt(squared_norm(x, dim));
-      const float rest = round_row(x, dim, words, reinterpret_cast<uint16_t*>(rounded));
+      const F lost = round_row(x, 0, dim, reinterpret_cast<uint16_t*>(rounded), Simd::set1(0.0f));
+      const float rest = __builtin_sqrtf(Simd::sum(lost));
       ScreenStrip& to = strip[q / L];
       const int lane = static_cast<int>(q % L);
       for (int64_t w = 0; w < words; ++w)

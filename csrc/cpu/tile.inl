@@ -150,22 +150,24 @@ void pack_rows(const RowRange& r, int64_t first, int n, float* block) {
   }
 }
 
+// Always inlined: gcc takes a function of prefetches alone for one without effect, and drops its calls.
+inline __attribute__((always_inline)) void prefetch_row(const Matrix& m, int64_t row) {
+  const char* data = static_cast<const char*>(row_pointer(m, row));
+  const int64_t bytes = m.dim * (m.dtype == DType::f32 ? 4 : 2);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(data + b, 0, 2);
+}
+
 // The next block, fetched into the cache a little with every tile, so that packing it finds it there.
 struct Ahead {
   const RowRange& rows;
   int64_t first;
   int strip, strips;
 
-  // Always inlined: gcc takes a function of prefetches alone for one without effect, and drops its calls.
   inline __attribute__((always_inline)) void fetch(int tile) const {
     constexpr int kTiles = NB / MR;
     const int n = static_cast<int>(smaller<int64_t>(rows.count - first, NB)), parts = strips * kTiles;
-    const int64_t bytes = rows.matrix.dim * (rows.matrix.dtype == DType::f32 ? 4 : 2);
     const int part = strip * kTiles + tile;
-    for (int i = n * part / parts; i < n * (part + 1) / parts; ++i) {
-      const char* row = static_cast<const char*>(row_pointer(rows.matrix, rows.row(first + i)));
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
-    }
+    for (int i = n * part / parts; i < n * (part + 1) / parts; ++i) prefetch_row(rows.matrix, rows.row(first + i));
   }
 };
 

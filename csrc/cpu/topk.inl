@@ -160,11 +160,7 @@ struct Bounded {
 
   // The rows of the next candidates: they lie anywhere in memory.
   inline __attribute__((always_inline)) void fetch(const int32_t* ids, int64_t n) const {
-    const int64_t bytes = s.keys.dim * (s.keys.dtype == DType::f32 ? 4 : 2);
-    for (int64_t i = 0; i < smaller<int64_t>(n, W); ++i) {
-      const char* row = static_cast<const char*>(row_pointer(s.keys, ids[i]));
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
-    }
+    for (int64_t i = 0; i < smaller<int64_t>(n, W); ++i) prefetch_row(s.keys, ids[i]);
   }
 
   // Scores every candidate exactly and keeps the best k.
