@@ -50,6 +50,7 @@ def save(
         manifest = {"format": form, "version": VERSION, **values, "arrays": entries}
         temporary = _write(folder, ".manifest-", "", json.dumps(manifest, indent=1).encode(), fresh)
         os.replace(folder / temporary, folder / MANIFEST)
+        _settle(folder)  # before the files of the old manifest go
         for gone in before - _files(manifest):
             (folder / gone).unlink(missing_ok=True)
     except OSError as error:
@@ -98,6 +99,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _files(manifest: Mapping[str, Any]) -> set[str]:
     return {entry["file"] for entry in manifest.get("arrays", {}).values()}
+
+
+def _settle(folder: Path) -> None:
+    """Wait until the names in the folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write(folder: Path, prefix: str, suffix: str, content: Tensor | bytes, fresh: set[str]) -> str:
