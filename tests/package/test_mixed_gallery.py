@@ -257,10 +257,38 @@ def test_an_interrupted_save_leaves_the_gallery_of_before_or_the_new_one(
         with pytest.raises((KeyboardInterrupt, ValueError)):
             other.save(tmp_path)
     found = search(fc.MixedGallery.load(tmp_path))
-    if step == 5:  # the new manifest stands, the old files have not gone yet
-        assert same(found, search(other)) and files < set(tmp_path.iterdir())
-    else:
-        assert same(found, before) and files == set(tmp_path.iterdir())
+    assert same(found, before if step < 5 else search(other))
+    assert len(list(tmp_path.iterdir())) == len(files) and (files == set(tmp_path.iterdir())) == (step < 5)
+
+
+def test_what_a_killed_save_left_behind_goes_with_the_next(tmp_path: Path) -> None:
+    half_done().save(tmp_path)
+    for left in ("new-abcdefgh.fastcompat.npy", "manifest.json-abcdefgh.fastcompat.npy"):
+        (tmp_path / left).write_bytes(b"half of it")
+    mine = tmp_path / "new-20260101.npy"
+    mine.write_bytes(b"kept")
+    other = half_done()
+    other.update(OTHERS, NEW[OTHERS])
+    other.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5 and mine.exists()
+    assert same(search(fc.MixedGallery.load(tmp_path)), search(other))
+
+
+def test_saves_into_one_folder_wait_for_one_another(tmp_path: Path) -> None:
+    galleries = [fc.MixedGallery(OLD + i) for i in range(4)]
+
+    def save(gallery: fc.MixedGallery) -> None:
+        for _ in range(10):
+            gallery.save(tmp_path)
+
+    threads = [threading.Thread(target=save, args=(gallery,)) for gallery in galleries]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = fc.MixedGallery.load(tmp_path).search(QUERY_OLD, None, 9)
+    assert any(same(found, gallery.search(QUERY_OLD, None, 9)) for gallery in galleries)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
