@@ -1,15 +1,18 @@
 """Tensors in a folder: `.npy` files that can be memory-mapped, and a manifest that names those that count.
 
 A file is never changed once it is written, and the manifest is replaced in one step. So whatever happens on
-the way, the folder holds the arrays of before or the new ones, all of them.
+the way, the folder holds the arrays of before or the new ones, all of them; what an interrupted save left
+behind goes with the next one.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch import Tensor
 from . import _checks
 
 MANIFEST = "manifest.json"
+OURS = ".fastcompat.npy"  # how the names of the arrays' files end
 VERSION = 1
 
 
@@ -35,30 +39,25 @@ def save(
     `written` says which file holds an array already; it is written again only where that file is not.
     """
     files: dict[str, str] = {}
-    fresh: set[str] = set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = _files(_manifest(folder))
-        for name, array in arrays.items():
-            files[name] = written.get(name, "")
-            if files[name] not in before:
-                files[name] = _write(folder, f"{name}-", ".npy", array, fresh)
-        entries = {
-            name: {"file": files[name], "bfloat16": array.dtype == torch.bfloat16}
-            for name, array in arrays.items()
-        }
-        manifest = {"format": form, "version": VERSION, **values, "arrays": entries}
-        temporary = _write(folder, ".manifest-", "", json.dumps(manifest, indent=1).encode(), fresh)
-        os.replace(folder / temporary, folder / MANIFEST)
-        for gone in before - _files(manifest):
-            (folder / gone).unlink(missing_ok=True)
+        with _alone(folder) as handle:
+            before = _files(_manifest(folder))
+            for name, array in arrays.items():
+                files[name] = written.get(name, "")
+                if files[name] not in before:
+                    files[name] = _write(folder, name, array)
+            entries = {
+                name: {"file": files[name], "bfloat16": array.dtype == torch.bfloat16}
+                for name, array in arrays.items()
+            }
+            manifest = {"format": form, "version": VERSION, **values, "arrays": entries}
+            os.replace(folder / _write(folder, MANIFEST, manifest), folder / MANIFEST)
+            os.fsync(handle)  # before the files of the old manifest go
     except OSError as error:
         raise ValueError(
             f"`path`: cannot write to the folder `{folder}` ({error.strerror}); name another one"
         ) from error
-    finally:
-        for unused in fresh - _files(_manifest(folder)):
-            (folder / unused).unlink(missing_ok=True)
     return files
 
 
@@ -100,18 +99,33 @@ def _files(manifest: Mapping[str, Any]) -> set[str]:
     return {entry["file"] for entry in manifest.get("arrays", {}).values()}
 
 
-def _write(folder: Path, prefix: str, suffix: str, content: Tensor | bytes, fresh: set[str]) -> str:
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Hold the folder against other saves, and leave only files in it that the manifest names."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield handle
+        finally:
+            named = _files(_manifest(folder))
+            for file in folder.glob(f"*{OURS}"):
+                if file.name not in named:
+                    file.unlink(missing_ok=True)
+    finally:
+        os.close(handle)  # which gives the lock back
+
+
+def _write(folder: Path, name: str, content: Tensor | dict[str, Any]) -> str:
     """A new file, on the disk when this returns and readable for all whom the folder lets in; its name."""
-    handle, path = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
-    name = Path(path).name
-    fresh.add(name)
+    handle, path = tempfile.mkstemp(prefix=f"{name}-", suffix=OURS, dir=folder)
     with os.fdopen(handle, "wb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
+        if isinstance(content, dict):
+            file.write(json.dumps(content, indent=1).encode())
         else:
             plain = content.detach().cpu()
             np.save(file, (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy())
         os.fchmod(file.fileno(), 0o644)
         file.flush()
         os.fsync(file.fileno())
-    return name
+    return Path(path).name

@@ -241,7 +241,7 @@ class MixedGallery:
 
         The gallery that was saved there before stays whole until the new one is; then it is replaced. Saved
         again into the same folder, the old vectors are not written again. Bfloat16 is stored as int16 of the
-        same bits. One save at a time in one folder.
+        same bits. Saves into one folder wait for one another.
 
         Raises:
             ValueError: the folder cannot be made or written.

@@ -237,9 +237,9 @@ def test_saving_again_replaces_what_changed(tmp_path: Path) -> None:
     assert same(search(fc.MixedGallery.load(tmp_path / "elsewhere")), search(gallery))
 
 
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", range(6))
 @pytest.mark.parametrize("stop", (KeyboardInterrupt, OSError(28, "No space left on device")))
-def test_an_interrupted_save_leaves_the_gallery_of_before(
+def test_an_interrupted_save_leaves_the_gallery_of_before_or_the_new_one(
     step: int, stop: BaseException | type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half_done(ids=NAMES).save(tmp_path)
@@ -253,11 +253,42 @@ def test_an_interrupted_save_leaves_the_gallery_of_before(
     other = half_done(ids=NAMES)
     other.update(NAMES[OTHERS], NEW[OTHERS])
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", interrupt)  # four arrays and the manifest
+        patch.setattr(os, "fsync", interrupt)  # four arrays, the manifest, the folder
         with pytest.raises((KeyboardInterrupt, ValueError)):
             other.save(tmp_path)
-    assert set(tmp_path.iterdir()) == files
-    assert same(search(fc.MixedGallery.load(tmp_path)), before)
+    found = search(fc.MixedGallery.load(tmp_path))
+    assert same(found, before if step < 5 else search(other))
+    assert len(list(tmp_path.iterdir())) == len(files) and (files == set(tmp_path.iterdir())) == (step < 5)
+
+
+def test_what_a_killed_save_left_behind_goes_with_the_next(tmp_path: Path) -> None:
+    half_done().save(tmp_path)
+    for left in ("new-abcdefgh.fastcompat.npy", "manifest.json-abcdefgh.fastcompat.npy"):
+        (tmp_path / left).write_bytes(b"half of it")
+    mine = tmp_path / "new-20260101.npy"
+    mine.write_bytes(b"kept")
+    other = half_done()
+    other.update(OTHERS, NEW[OTHERS])
+    other.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5 and mine.exists()
+    assert same(search(fc.MixedGallery.load(tmp_path)), search(other))
+
+
+def test_saves_into_one_folder_wait_for_one_another(tmp_path: Path) -> None:
+    galleries = [fc.MixedGallery(OLD + i) for i in range(4)]
+
+    def save(gallery: fc.MixedGallery) -> None:
+        for _ in range(10):
+            gallery.save(tmp_path)
+
+    threads = [threading.Thread(target=save, args=(gallery,)) for gallery in galleries]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = fc.MixedGallery.load(tmp_path).search(QUERY_OLD, None, 9)
+    assert any(same(found, gallery.search(QUERY_OLD, None, 9)) for gallery in galleries)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
