@@ -77,7 +77,7 @@ class Transform(nn.Module):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             kind, options, state = saved["kind"], saved["options"], saved["state"]
-        except FileNotFoundError:
+        except OSError:
             raise
         except Exception as error:
             raise ValueError(f"`path` must be a file written by `save`: {path} is not one") from error
