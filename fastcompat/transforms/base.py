@@ -114,13 +114,14 @@ class Transform(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """In eval mode for a while."""
-    was_training = module.training
+    """In eval mode for a while; then every part is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def reset(module: nn.Module) -> None:
