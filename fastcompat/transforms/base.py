@@ -77,7 +77,7 @@ class Transform(nn.Module):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             kind, options, state = saved["kind"], saved["options"], saved["state"]
-        except FileNotFoundError:
+        except OSError:
             raise
         except Exception as error:
             raise ValueError(f"`path` must be a file written by `save`: {path} is not one") from error
@@ -114,13 +114,14 @@ class Transform(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """In eval mode for a while."""
-    was_training = module.training
+    """In eval mode for a while; then every part is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def reset(module: nn.Module) -> None:

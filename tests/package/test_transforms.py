@@ -311,7 +311,9 @@ def test_many_rows_are_transformed_in_blocks():
 def test_transform_is_in_eval_mode_and_leaves_the_mode():
     psi = fc.ReverseQueryTransform(24, 16)
     x = torch.randn(5, 24)
-    assert torch.equal(psi.transform(x), psi.transform(x)) and psi.training
+    psi.psi[0][1].eval()  # a BatchNorm that someone froze
+    assert torch.equal(psi.transform(x), psi.transform(x))
+    assert psi.training and psi.psi[0][0].training and not psi.psi[0][1].training
     assert not psi.transform(x).requires_grad
     assert torch.equal(psi.transform(x), psi.eval()(x)) and not psi.training
 
