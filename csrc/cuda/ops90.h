@@ -97,6 +97,19 @@ __device__ __forceinline__ void mbar_arrive_remote(uint64_t* bar, int rank CALLE
 #endif
 }
 
+// The same where nothing was written that the other block reads, as when a buffer is given back: no fence.
+__device__ __forceinline__ void mbar_free_remote(uint64_t* bar, int rank CALLER) {
+#if CUDA_ON_CPU
+  emu::mbar_arrive_remote(bar, rank, caller);
+#else
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_addr(bar)),
+      "r"(rank)
+      : "memory");
+#endif
+}
+
 // Until the phase of this parity has ended; the first phase has parity 0.
 __device__ __forceinline__ void mbar_wait(uint64_t* bar, int parity CALLER) {
 #if CUDA_ON_CPU

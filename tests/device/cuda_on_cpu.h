@@ -71,6 +71,17 @@ inline void __syncthreads(emu::Where at = emu::here()) {
   emu::meet({&emu::self().block->meetings[emu::BARRIER], 0, threads, true, true, true}, "__syncthreads", at, nullptr,
             emu::nothing);
 }
+inline int __syncthreads_or(int predicate, emu::Where at = emu::here()) {
+  const int threads = blockDim.x * blockDim.y * blockDim.z;
+  int any = predicate != 0;
+  emu::meet({&emu::self().block->meetings[emu::BARRIER], 0, threads, true, true, true}, "__syncthreads_or", at, &any,
+            [](const std::vector<emu::Fiber*>& all) {
+              int result = 0;
+              for (emu::Fiber* f : all) result |= *static_cast<int*>(f->argument);
+              for (emu::Fiber* f : all) *static_cast<int*>(f->argument) = result;
+            });
+  return any;
+}
 inline void __syncwarp(unsigned mask = ~0u, emu::Where at = emu::here()) {
   emu::warp_meet(mask, "__syncwarp", at, nullptr, emu::nothing, true);
 }
@@ -226,6 +237,7 @@ enum cudaDeviceAttr {
 };
 namespace emu {
 inline int multiprocessors = 4, capability = 80;  // the device that cudaDeviceGetAttribute describes
+inline int driver = 13000;                        // the CUDA version that it supports
 }
 inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -240,6 +252,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
                                                             : static_cast<int>(emu::smem_limit);
   return cudaSuccess;
 }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = emu::driver, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 template <class T>
 cudaError_t cudaMalloc(T** p, size_t bytes) {
   void* raw = nullptr;
