@@ -18,6 +18,13 @@ if(FASTCOMPAT_CUDA STREQUAL "OFF")
   message(STATUS "fastcompat: CUDA kernels are not built (FASTCOMPAT_CUDA=OFF)")
   return()
 endif()
+if(NOT EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/engine.cu")
+  if(FASTCOMPAT_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "FASTCOMPAT_CUDA=ON, but this version of fastcompat has no CUDA kernels yet; use AUTO or OFF")
+  endif()
+  message(STATUS "fastcompat: CUDA kernels are not built (none in this version)")
+  return()
+endif()
 
 if(FASTCOMPAT_NVCC STREQUAL "pypi")
   # pip puts nvidia/cu13/{bin,lib} somewhere on sys.path; nvcc itself would look for the libraries in lib64.

@@ -29,8 +29,12 @@ def topk(
     exclude: Tensor | None = None,
     native: bool,
     names: Names = (("query", "keys"),),
+    report: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Best k over one or more segments (`reference.topk`); `names[s]` is what the caller calls segment s."""
+    """Best k over one or more segments (`reference.topk`); `names[s]` is what the caller calls segment s.
+
+    Without `report` a GPU is not waited for, and NaN or inf there goes unnoticed.
+    """
     segments = [Segment(p.query.detach(), p.keys.detach(), p.rows, p.scale, p.offset) for p in segments]
     try:
         if not native:
@@ -39,7 +43,7 @@ def topk(
         chosen = [part for part in rows if part is not None]
         _checks.no_transforms(forward_mode=False)
         sets = (query_labels, key_labels, exclude)
-        found: tuple[Tensor, Tensor] = _ops.topk(query, keys, chosen, scale, offset, k, metric, *sets)
+        found: tuple[Tensor, Tensor] = _ops.topk(query, keys, chosen, scale, offset, k, metric, *sets, report)
         return found
     except _checks.NonFiniteError as error:
         _checks.refuse_nonfinite(error, names)

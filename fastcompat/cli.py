@@ -18,7 +18,7 @@ import typer
 
 import fastcompat as fc
 
-from . import selfcheck
+from . import _native, selfcheck
 
 if TYPE_CHECKING:
     from .demo import Upgrade
@@ -46,7 +46,6 @@ def _command() -> None:
 def info() -> None:
     """Show what was built and what this machine offers, and check every kernel against the reference."""
     build = fc.build_info()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts = {
         "fastcompat": f"{build['version']}, built with {build['compiler']}",
@@ -57,7 +56,7 @@ def info() -> None:
         "SIMD usable": f"{', '.join(build['simd_usable'])} (in use: {build['simd']})",
         "threads": f"{build['threads']} (follows torch.set_num_threads), {cpus} CPUs available",
         "CPU": _cpu_name(),
-        "GPU": ", ".join(gpus) or "none that torch can use",
+        "GPU": ", ".join(map(_gpu, range(torch.cuda.device_count()))) or "none that torch can use",
         "torch, Python": f"{torch.__version__}, {platform.python_version()}",
     }
     for name, value in facts.items():
@@ -65,15 +64,15 @@ def info() -> None:
 
     typer.echo("\nself-check (float32, bfloat16, float16 against the reference in float64):")
     checks = list(selfcheck.run())
-    levels = list(dict.fromkeys(check.simd for check in checks))
+    levels = list(dict.fromkeys(check.where for check in checks))
     rows = [("kernel", *levels)]
     for kernel in dict.fromkeys(check.kernel for check in checks):
-        wrong = {check.simd for check in checks if check.kernel == kernel and check.problem}
+        wrong = {check.where for check in checks if check.kernel == kernel and check.problem}
         rows.append((kernel, *("FAIL" if level in wrong else "ok" for level in levels)))
     _print_table(rows)
     failed = [check for check in checks if check.problem]
     for check in failed:
-        typer.echo(f"FAIL {check.kernel}, {check.simd}, {check.dtype}: {check.problem}", err=True)
+        typer.echo(f"FAIL {check.kernel}, {check.where}, {check.dtype}: {check.problem}", err=True)
     if failed:
         raise typer.Exit(1)
 
@@ -152,6 +151,12 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         cells = zip(row, widths, strict=True)
         first, wide = next(cells)
         typer.echo("  ".join([f"{first:{wide}}", *(f"{cell:>{wide}}" for cell, wide in cells)]))
+
+
+def _gpu(index: int) -> str:
+    """Name of a GPU, and why the CUDA kernels do not run on it if so."""
+    reason = _native.not_covered(torch.device("cuda", index))
+    return torch.cuda.get_device_name(index) + (f" (not used: {reason})" if reason else "")
 
 
 def _cpu_name() -> str:

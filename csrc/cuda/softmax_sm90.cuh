@@ -1,0 +1,361 @@
+#pragma once
+#include "key_grad_sm90.cuh"
+
+namespace fastcompat::cuda::sm90 {
+
+constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kFillers = 96;
+constexpr int kPanel = 64;  // columns of a panel: 128 bytes, the swizzle's span
+
+// Rows stay, columns are streamed; block b of the grid takes rows b % blocks and tiles of split b / blocks.
+struct Walk {
+  int blocks, tiles, tiles_per_split, cluster;
+};
+
+// All barriers of a block.
+template <int STAGES, int SLOTS>
+struct Barriers {
+  uint64_t rows, full[STAGES], empty[STAGES], columns_full[SLOTS], columns_empty[SLOTS], turn[kConsumers];
+
+  __device__ void init(int cluster) {
+    mbar_init(&rows, 1);
+    for (int i = 0; i < STAGES; ++i) {
+      mbar_init(&full[i], 1);
+      mbar_init(&empty[i], 4 * kConsumers * cluster);
+    }
+    for (int i = 0; i < SLOTS; ++i) {
+      mbar_init(&columns_full[i], kFillers);
+      mbar_init(&columns_empty[i], 4 * kConsumers);
+    }
+    for (uint64_t& t : turn) mbar_init(&t, 4);
+    fence_mbar_init();
+  }
+};
+
+// Two products over one streamed tile.
+template <int D>
+struct Two {
+  static constexpr int kRows = 128,
+                       kColumns = D == 64    ? 192
+                                  : D == 128 ? 160
+                                             : 96,
+                       kStages = D == 256 ? 3 : 4, kSlots = 2;
+  static constexpr int kPanels = D / kPanel, kTile = kColumns * D;
+  template <class Work>
+  struct Memory {
+    static constexpr size_t kOperands = 2 * (kRows * D + kStages * kTile);
+    static constexpr size_t kColumnsAt = kOperands + (sizeof(Barriers<kStages, kSlots>) + 15) / 16 * 16;
+    static constexpr size_t kFlagsAt = kColumnsAt + kSlots * kColumns * sizeof(typename Work::Column);
+    static constexpr size_t kSeenAt = kFlagsAt + (kSlots * 3 * sizeof(int) + 15) / 16 * 16;
+    static constexpr size_t kBytes = kSeenAt + 128 * kConsumers * sizeof(typename Work::Seen);
+  };
+};
+
+// Keeps what is computed from v from being computed ahead of a loop, a register each.
+template <class V>
+__device__ __forceinline__ V opaque(V v) {
+#if !CUDA_ON_CPU
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
+// A descriptor is a constant and, in its lowest bits, an address / 16, to which offsets / 16 are added.
+template <int PANEL>
+__device__ __forceinline__ uint64_t descriptor(uint32_t at) {
+  constexpr uint64_t kConstant = uint64_t(PANEL >> 4 & 0x3fff) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  return kConstant | at;
+}
+
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(kAllLanes, v, 0); }
+
+__device__ __forceinline__ int group() { return uniform(threadIdx.x / 128); }
+__device__ __forceinline__ int warp() { return uniform(threadIdx.x / 32 % 4); }
+__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+
+// The block's part of the walk. Each role works it out for itself, and its end does again: nothing is kept across.
+struct Part {
+  int split, first, count, row0;
+
+  __device__ Part(const Walk& walk, int rows) {
+    const unsigned block = opaque(blockIdx.x), blocks = static_cast<unsigned>(walk.blocks);
+    split = static_cast<int>(block / blocks);
+    first = split * walk.tiles_per_split;
+    count = min(walk.tiles_per_split, walk.tiles - first);
+    row0 = static_cast<int>(block % blocks) * rows;
+  }
+};
+
+template <class Bars>
+__device__ void start(Bars& bars, const Walk& walk) {
+  if (threadIdx.x == 0) bars.init(walk.cluster);
+  __syncthreads();
+  if (opaque(walk.cluster) > 1) cluster_sync();
+}
+
+// One thread: the n-th piece of the stream, PANELS panels from number `panel` on of COLUMNS columns, of which each
+// block of a cluster fetches half, for both.
+template <int COLUMNS, int STAGES, int PANELS, class T, class Bars>
+__device__ __forceinline__ void stream(Bars& bars, T* ring, const TensorMap& map, int n, int panel, int column,
+                                       const Walk& walk) {
+  constexpr int kHalf = COLUMNS / 2;
+  const int stage = n % STAGES;
+  T* to = ring + stage * PANELS * COLUMNS * kPanel;
+  uint64_t* full = &bars.full[stage];
+  if (n >= STAGES) mbar_wait_cluster(&bars.empty[stage], (n / STAGES - 1) & 1);
+  mbar_arrive_expect(full, PANELS * COLUMNS * 128);
+#pragma unroll
+  for (int p = 0; p < PANELS; ++p) {
+    T* at = to + p * COLUMNS * kPanel;
+    if (walk.cluster > 1) {
+      const int rank = cluster_rank();
+      tensor_copy_multicast(at + rank * kHalf * kPanel, map, (panel + p) * kPanel, column + rank * kHalf, full, 3);
+    } else {
+      tensor_copy(at, map, (panel + p) * kPanel, column, full);
+      tensor_copy(at + kHalf * kPanel, map, (panel + p) * kPanel, column + kHalf, full);
+    }
+  }
+}
+
+// Warps 1 to 3 of the producer: what each column brings besides its vector.
+template <int COLUMNS, int SLOTS, class Work, class Bars>
+__device__ void fill_columns(const Work& work, typename Work::Column* columns, int* flags, Bars& bars, const Part& at,
+                             int rows) {
+  const int filler = threadIdx.x % 128 - 32;
+#pragma unroll 1
+  for (int n = 0; n < at.count; ++n) {
+    const int slot = n % SLOTS;
+    if (n >= SLOTS) mbar_wait(&bars.columns_empty[slot], (n / SLOTS - 1) & 1);
+    bool slow = false;
+#pragma unroll 1
+    for (int c = filler; c < COLUMNS; c += kFillers)
+      slow |= work.fill(columns[slot * COLUMNS + c], (at.first + n) * COLUMNS + c, at.row0, rows);
+    slow = __any_sync(kAllLanes, slow);
+    if (lane() == 0) flags[slot * 3 + filler / 32] = slow;
+    mbar_arrive(&bars.columns_full[slot]);
+  }
+}
+
+// One lane of each warp says that the warp has done with a stage, to every block that shares it.
+__device__ __forceinline__ void release(uint64_t* empty, int cluster) {
+  if (threadIdx.x % 32) return;
+  mbar_arrive(empty);
+  if (cluster > 1) mbar_free_remote(empty, 1 - cluster_rank());
+}
+
+template <class T, int D, class Work>
+__global__ void __launch_bounds__(kThreads, 1)
+    two_products(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Work work, Walk walk) {
+  using Shape = Two<D>;
+  using Memory = typename Shape::template Memory<Work>;
+  constexpr int kColumns = Shape::kColumns, kStages = Shape::kStages, kSlots = Shape::kSlots, kPanels = Shape::kPanels;
+  DYN_SMEM(smem);
+  T* rows = reinterpret_cast<T*>(smem);
+  T* ring = rows + Shape::kRows * D;
+  auto& bars = *reinterpret_cast<Barriers<kStages, kSlots>*>(smem + Memory::kOperands);
+  auto* columns = reinterpret_cast<typename Work::Column*>(smem + Memory::kColumnsAt);
+  int* flags = reinterpret_cast<int*>(smem + Memory::kFlagsAt);
+
+  start(bars, walk);
+
+  if (group() == kConsumers) {
+    registers_down<24>();
+    const Part at(walk, Shape::kRows);
+    if (warp() == 0) {
+      if (lane() == 0) {
+        mbar_arrive_expect(&bars.rows, Shape::kRows * D * 2);
+        for (int p = 0; p < kPanels; ++p)
+          tensor_copy(rows + p * Shape::kRows * kPanel, rows_map, p * kPanel, at.row0, &bars.rows);
+#pragma unroll 1
+        for (int n = 0; n < at.count; ++n)
+          stream<kColumns, kStages, kPanels>(bars, ring, columns_map, n, 0, (at.first + n) * kColumns, walk);
+      }
+      __syncwarp();
+    } else if (work.columns_wanted()) {
+      fill_columns<kColumns, kSlots>(work, columns, flags, bars, at, Shape::kRows);
+    }
+  } else {
+    registers_up<240>();
+    const Part at(walk, Shape::kRows);
+    const int group = sm90::group();
+    auto state = work.begin(at.row0 + group * 64 + warp() * 16 + lane() / 4);
+    auto& seen = reinterpret_cast<typename Work::Seen*>(smem + Memory::kSeenAt)[threadIdx.x];
+    seen.clear();
+    float o[D / 2], s[kColumns / 2];
+    uint32_t p[kColumns / 16][4];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
+
+    const uint32_t rows_at = smem_addr(rows + group * 64 * kPanel) / 16, ring_at = smem_addr(ring) / 16;
+    auto turn = [&](int i) { mbar_wait(&bars.turn[group], (i + 1 + group) & 1); };
+    auto pass = [&] {
+      if (lane() == 0) mbar_arrive(&bars.turn[1 - group]);
+    };
+    auto first_product = [&](int n) {
+      const uint32_t a = opaque(rows_at), b = opaque(ring_at + n % kStages * (Shape::kTile / 8));
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k)
+        wgmma_ss<T>(s, descriptor<16>(a + (k / 4 * Shape::kRows * 128 + k % 4 * 32) / 16),
+                    descriptor<16>(b + (k / 4 * kColumns * 128 + k % 4 * 32) / 16), k > 0);
+      wgmma_commit();
+    };
+    auto second_product = [&](int n) {
+      const uint32_t b = opaque(ring_at + n % kStages * (Shape::kTile / 8));
+#pragma unroll
+      for (int k = 0; k < kColumns / 16; ++k)
+        wgmma_rs_t<T>(o, p[k], descriptor<kColumns * kPanel * 2>(b + k * 2048 / 16), true);
+      wgmma_commit();
+    };
+
+    mbar_wait(&bars.rows, 0);
+    mbar_wait(&bars.full[0], 0);
+    turn(0);
+    wgmma_fence();
+    first_product(0);
+    pass();
+    wgmma_wait<0>();
+    hold(s);
+    for (int n = 0;; ++n) {
+      const int slot = n % kSlots;
+      if (work.columns_wanted()) mbar_wait(&bars.columns_full[slot], n / kSlots & 1);
+      work.tile(s, state, seen, (at.first + n) * kColumns, columns + slot * kColumns, flags + slot * 3);
+      if (work.columns_wanted()) {
+        __syncwarp();
+        if (lane() == 0) mbar_arrive(&bars.columns_empty[slot]);
+      }
+      wgmma_wait<0>();
+      hold(o);
+      if (n) release(&bars.empty[(n - 1) % kStages], walk.cluster);
+      work.correct(o, state);
+#pragma unroll
+      for (int k = 0; k < kColumns / 16; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[k][i] = pack<T>(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+      if (n + 1 == at.count) break;
+      mbar_wait(&bars.full[(n + 1) % kStages], (n + 1) / kStages & 1);
+      turn(n + 1);
+      wgmma_fence();
+      first_product(n + 1);
+      second_product(n);
+      pass();
+      wgmma_wait<1>();
+      hold(s);
+    }
+    wgmma_fence();
+    second_product(at.count - 1);
+    wgmma_wait<0>();
+    hold(o);
+    release(&bars.empty[(at.count - 1) % kStages], walk.cluster);
+    work.finish(state, seen, Part(walk, Shape::kRows).split);
+    work.store(o, state, Part(walk, Shape::kRows).split);
+  }
+  if (opaque(walk.cluster) > 1) cluster_sync();
+}
+
+// Statistics alone: one product, so the matrix unit wants twice the exponentials and twice the columns a second. A
+// consumer holds kFragments x 64 rows of logits, columns come in chunks of 64 elements a row. The second consumer
+// starts kAhead chunks after the first; from then on each computes exponentials while the other multiplies.
+template <int D>
+struct One {
+  static constexpr int kFragments = D == 512 ? 1 : 2, kRows = 128 * kFragments;
+  static constexpr int kColumns = D == 512 ? 192 : 128, kPanels = D / kPanel, kAhead = kPanels < 2 ? 1 : 2;
+  static constexpr int kStages = D == 512 ? 4 : D == 256 ? 6 : 8, kSlots = D >= 256 ? 1 : 2;
+  static constexpr int kChunk = kColumns * kPanel;
+  template <class Work>
+  struct Memory {
+    static constexpr size_t kOperands = 2 * (kRows * D + kStages * kChunk);
+    static constexpr size_t kColumnsAt = kOperands + (sizeof(Barriers<kStages, kSlots>) + 15) / 16 * 16;
+    static constexpr size_t kFlagsAt = kColumnsAt + kSlots * kColumns * sizeof(typename Work::Column);
+    static constexpr size_t kBytes = kFlagsAt + kSlots * 3 * sizeof(int);
+  };
+};
+
+template <class T, int D, class Work>
+__global__ void __launch_bounds__(kThreads, 1)
+    one_product(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Work work, Walk walk) {
+  using Shape = One<D>;
+  using Memory = typename Shape::template Memory<Work>;
+  constexpr int kColumns = Shape::kColumns, kStages = Shape::kStages, kSlots = Shape::kSlots, kPanels = Shape::kPanels;
+  constexpr int kFragments = Shape::kFragments;
+  DYN_SMEM(smem);
+  T* rows = reinterpret_cast<T*>(smem);
+  T* ring = rows + Shape::kRows * D;
+  auto& bars = *reinterpret_cast<Barriers<kStages, kSlots>*>(smem + Memory::kOperands);
+  auto* columns = reinterpret_cast<typename Work::Column*>(smem + Memory::kColumnsAt);
+  int* flags = reinterpret_cast<int*>(smem + Memory::kFlagsAt);
+  start(bars, walk);
+
+  if (group() == kConsumers) {
+    registers_down<24>();
+    const Part at(walk, Shape::kRows);
+    if (warp() == 0) {
+      if (lane() == 0) {
+        mbar_arrive_expect(&bars.rows, Shape::kRows * D * 2);
+        for (int p = 0; p < kPanels; ++p)
+          for (int r = 0; r < Shape::kRows; r += 128)
+            tensor_copy(rows + (p * Shape::kRows + r) * kPanel, rows_map, p * kPanel, at.row0 + r, &bars.rows);
+#pragma unroll 1
+        for (int n = 0; n < at.count * kPanels; ++n)
+          stream<kColumns, kStages, 1>(bars, ring, columns_map, n, n % kPanels, (at.first + n / kPanels) * kColumns,
+                                       walk);
+      }
+      __syncwarp();
+    } else if (work.columns_wanted()) {
+      fill_columns<kColumns, kSlots>(work, columns, flags, bars, at, Shape::kRows);
+    }
+  } else {
+    registers_up<240>();
+    const Part at(walk, Shape::kRows);
+    const int group = sm90::group();
+    typename Work::Rows state[kFragments];
+    typename Work::Seen seen[kFragments];
+    float s[kFragments][kColumns / 2];
+    const int fragment0 = group * kFragments;
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      state[f] = work.begin(at.row0 + (fragment0 + f) * 64 + warp() * 16 + lane() / 4);
+      seen[f].clear();
+    }
+    const uint32_t rows_at = smem_addr(rows + fragment0 * 64 * kPanel) / 16, ring_at = smem_addr(ring) / 16;
+    mbar_wait(&bars.rows, 0);
+    if (group) mbar_wait(&bars.turn[1], 0);
+    for (int n = 0; n < at.count; ++n) {
+#pragma unroll
+      for (int p = 0; p < kPanels; ++p) {
+        const int chunk = n * kPanels + p;
+        mbar_wait(&bars.full[chunk % kStages], chunk / kStages & 1);
+        wgmma_fence();
+        const uint32_t a = opaque(rows_at), b = opaque(ring_at + chunk % kStages * (Shape::kChunk / 8));
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int f = 0; f < kFragments; ++f)
+            wgmma_ss<T>(s[f], descriptor<16>(a + ((p * Shape::kRows + f * 64) * 128 + k * 32) / 16),
+                        descriptor<16>(b + k * 32 / 16), p + k > 0);
+        wgmma_commit();
+        if (p) {
+          wgmma_wait<1>();
+          release(&bars.empty[(chunk - 1) % kStages], walk.cluster);
+        }
+        if (n == 0 && p + 1 == Shape::kAhead && group == 0 && lane() == 0) mbar_arrive(&bars.turn[1]);
+      }
+      wgmma_wait<0>();
+      release(&bars.empty[(n * kPanels + kPanels - 1) % kStages], walk.cluster);
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f) hold(s[f]);
+      const int slot = n % kSlots;
+      if (work.columns_wanted()) mbar_wait(&bars.columns_full[slot], n / kSlots & 1);
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f)
+        work.tile(s[f], state[f], seen[f], (at.first + n) * kColumns, columns + slot * kColumns, flags + slot * 3);
+      if (work.columns_wanted()) {
+        __syncwarp();
+        if (lane() == 0) mbar_arrive(&bars.columns_empty[slot]);
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) work.finish(state[f], seen[f], Part(walk, Shape::kRows).split);
+  }
+  if (opaque(walk.cluster) > 1) cluster_sync();
+}
+
+}  // namespace fastcompat::cuda::sm90
