@@ -55,11 +55,15 @@ struct GradientPairs {
     return !a.positives_only || (memory.wanted[tile / 32] >> tile % 32 & 1);
   }
   __device__ __forceinline__ void load(unsigned char* info, int64_t row) const {
-    if (!KEYS_STAY) return load_keys<TN>(info, a.key_labels, a.bias, row, a.walk.y.rows);
-    for (int n = threadIdx.x; n < TN * static_cast<int>(sizeof(QueryTerms) / 16); n += kThreads) {
-      const bool inside = row + n / static_cast<int>(sizeof(QueryTerms) / 16) < a.walk.y.rows;
-      const char* from = reinterpret_cast<const char*>(a.terms + (inside ? row : 0));
-      cp_async16(info + n * 16, inside ? from + n * 16 : from, inside ? 16 : 0);
+    if constexpr (KEYS_STAY) {
+      constexpr int cells = sizeof(QueryTerms) / 16;
+      const char* terms = reinterpret_cast<const char*>(a.terms + row);
+      for (int n = threadIdx.x; n < TN * cells; n += kThreads) {
+        const bool inside = row + n / cells < a.walk.y.rows;
+        cp_async16(info + n * 16, inside ? terms + n * 16 : nullptr, inside ? 16 : 0);
+      }
+    } else {
+      load_keys<TN>(info, a.key_labels, a.bias, row, a.walk.y.rows);
     }
   }
 
