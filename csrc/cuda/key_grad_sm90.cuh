@@ -25,46 +25,47 @@ struct KeyCoefficients {
     uint32_t label[2];
   };
   struct Seen {
-    __device__ void clear() {}
+    float sum[2];  // of the coefficients of the thread's rows
+    __device__ void clear() { sum[0] = sum[1] = 0.0f; }
   };
   struct Rows {
     int row;
-    float scale, sum[2];
+    float scale;
   };
 
   __device__ bool columns_wanted() const { return true; }
-  __device__ bool fill(Column& c, int64_t query, int row0, int rows) const {
-    c = {CUDART_INF_F, 0.0f, CUDART_INF_F, 0.0f, 0.0f, -1, -1, {~0u, ~0u}};
-    if (query >= pairs.queries) return false;
+  __device__ bool fill(Column& c, int query, int row0, int rows) const {
+    const bool in = query < pairs.queries;
     const float power = kHalf ? *this->power : 1.0f;
-    set(c.neg_lse, c.g_neg, grads.neg_lse, grads.g_neg, query, power);
-    set(c.pos_lse, c.g_pos, grads.pos_lse, grads.g_pos, query, power);
-    if (grads.g_sum && grads.pos_lse[query] != -CUDART_INF_F) c.g_sum = grads.g_sum[query] * power;
+    // An empty set has gradient 0 whatever arrives.
+    float lse = in && grads.g_neg ? grads.neg_lse[query] : -CUDART_INF_F;
+    bool empty = lse == -CUDART_INF_F;
+    c.neg_lse = empty ? CUDART_INF_F : lse * kLog2E;
+    c.g_neg = empty ? 0.0f : grads.g_neg[query] * power;
+    lse = in && (grads.g_pos || grads.g_sum) ? grads.pos_lse[query] : -CUDART_INF_F;
+    empty = lse == -CUDART_INF_F;
+    c.pos_lse = empty || !grads.g_pos ? CUDART_INF_F : lse * kLog2E;
+    c.g_pos = empty || !grads.g_pos ? 0.0f : grads.g_pos[query] * power;
+    c.g_sum = empty || !grads.g_sum ? 0.0f : grads.g_sum[query] * power;
+    const int64_t label = in && pairs.query_labels ? pairs.query_labels[query] : -1;
+    c.label[0] = static_cast<uint32_t>(label);
+    c.label[1] = static_cast<uint32_t>(label >> 32);
     c.positive = pairs.index(pairs.positive, query);
     c.exclude = pairs.index(pairs.exclude, query);
-    if (pairs.query_labels) memcpy(c.label, pairs.query_labels + query, 8);
-    auto here = [&](int key) { return key >= row0 && key < row0 + rows; };
-    return here(c.positive) || here(c.exclude);
-  }
-  // An empty set has gradient 0 whatever arrives.
-  __device__ static void set(float& lse, float& g, const float* lses, const float* gs, int64_t query, float power) {
-    if (!gs || lses[query] == -CUDART_INF_F) return;
-    lse = lses[query] * kLog2E;
-    g = gs[query] * power;
+    return static_cast<unsigned>(c.positive - row0) < static_cast<unsigned>(rows) ||
+           static_cast<unsigned>(c.exclude - row0) < static_cast<unsigned>(rows);
   }
 
   __device__ Rows begin(int row) const {
     Rows r;
     r.row = row;
     r.scale = pairs.full_scale() * kLog2E;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) r.sum[h] = 0.0f;
     return r;
   }
 
   // s: products in, coefficients out. flags: whether a positive or excluded key of the columns lies in this block.
   template <int R>
-  __device__ __forceinline__ void tile(float (&s)[R], Rows& r, Seen&, int /*first*/, const Column* columns,
+  __device__ __forceinline__ void tile(float (&s)[R], Rows& r, Seen& seen, int /*first*/, const Column* columns,
                                        const int* flags) const {
     const int t2 = threadIdx.x % 4 * 2;
     if (pairs.query_labels || pairs.bias || (flags[0] | flags[1] | flags[2])) {
@@ -84,8 +85,11 @@ struct KeyCoefficients {
         }
     }
     if (dbias) {
+      float sum[2] = {};
 #pragma unroll
-      for (int i = 0; i < R; ++i) r.sum[i / 2 & 1] += s[i];
+      for (int i = 0; i < R; ++i) sum[i / 2 & 1] += s[i];
+      seen.sum[0] += sum[0];
+      seen.sum[1] += sum[1];
     }
   }
 
@@ -135,11 +139,11 @@ struct KeyCoefficients {
   template <int R>
   __device__ __forceinline__ void correct(float (&)[R], const Rows&) const {}
 
-  __device__ void finish(const Rows& r, const Seen&, int split) const {
+  __device__ void finish(const Rows& r, const Seen& seen, int split) const {
     if (!dbias) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float sum = quad_sum(r.sum[h]);
+      const float sum = quad_sum(seen.sum[h]);
       const int64_t row = r.row + 8 * h;
       if (threadIdx.x % 4 == 0 && row < pairs.keys) dbias[split * pairs.keys + row] = kHalf ? sum / *power : sum;
     }

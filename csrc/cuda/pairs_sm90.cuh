@@ -138,7 +138,7 @@ struct LogSumExp {
 
   __device__ bool columns_wanted() const { return pairs.query_labels || pairs.bias; }
   // Returns whether the column needs the slow path in this block's rows.
-  __device__ bool fill(Column& column, int64_t key, int /*row0*/, int /*rows*/) const {
+  __device__ bool fill(Column& column, int key, int /*row0*/, int /*rows*/) const {
     const bool in = key < pairs.keys;
     const int64_t label = in && pairs.key_labels ? pairs.key_labels[key] : -1;
     column.label[0] = static_cast<uint32_t>(label);

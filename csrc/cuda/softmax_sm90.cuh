@@ -36,7 +36,7 @@ template <int D>
 struct Two {
   static constexpr int kRows = 128,
                        kColumns = D == 64    ? 192
-                                  : D == 128 ? 176
+                                  : D == 128 ? 160
                                              : 96,
                        kStages = D == 256 ? 3 : 4, kSlots = 2;
   static constexpr int kPanels = D / kPanel, kTile = kColumns * D;
@@ -50,43 +50,53 @@ struct Two {
   };
 };
 
-// Keeps descriptors from being computed ahead of a loop, one register each.
-__device__ __forceinline__ uint64_t opaque(uint64_t v) {
+// Keeps what is computed from v from being computed ahead of a loop, a register each.
+template <class V>
+__device__ __forceinline__ V opaque(V v) {
 #if !CUDA_ON_CPU
-  asm volatile("" : "+l"(v));
+  asm volatile("" : "+r"(v));
 #endif
   return v;
 }
 
+// A descriptor is a constant and, in its lowest bits, an address / 16, to which offsets / 16 are added.
+template <int PANEL>
+__device__ __forceinline__ uint64_t descriptor(uint32_t at) {
+  constexpr uint64_t kConstant = uint64_t(PANEL >> 4 & 0x3fff) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  return kConstant | at;
+}
+
 __device__ __forceinline__ int uniform(int v) { return __shfl_sync(kAllLanes, v, 0); }
 
-// Where a thread stands.
-struct Place {
-  int group, warp, lane, split, first, count, row0, rank;
+__device__ __forceinline__ int group() { return uniform(threadIdx.x / 128); }
+__device__ __forceinline__ int warp() { return uniform(threadIdx.x / 32 % 4); }
+__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 
-  __device__ Place(const Walk& walk, int rows)
-      : group(uniform(threadIdx.x / 128)),
-        warp(uniform(threadIdx.x / 32 % 4)),
-        lane(threadIdx.x % 32),
-        split(blockIdx.x / walk.blocks),
-        first(split * walk.tiles_per_split),
-        count(min(walk.tiles_per_split, walk.tiles - first)),
-        row0(static_cast<int>(blockIdx.x % walk.blocks) * rows),
-        rank(walk.cluster > 1 ? cluster_rank() : 0) {}
+// The block's part of the walk. Each role works it out for itself, and its end does again: nothing is kept across.
+struct Part {
+  int split, first, count, row0;
+
+  __device__ Part(const Walk& walk, int rows) {
+    const unsigned block = opaque(blockIdx.x), blocks = static_cast<unsigned>(walk.blocks);
+    split = static_cast<int>(block / blocks);
+    first = split * walk.tiles_per_split;
+    count = min(walk.tiles_per_split, walk.tiles - first);
+    row0 = static_cast<int>(block % blocks) * rows;
+  }
 };
 
 template <class Bars>
 __device__ void start(Bars& bars, const Walk& walk) {
   if (threadIdx.x == 0) bars.init(walk.cluster);
   __syncthreads();
-  if (walk.cluster > 1) cluster_sync();
+  if (opaque(walk.cluster) > 1) cluster_sync();
 }
 
 // One thread: the n-th piece of the stream, PANELS panels from number `panel` on of COLUMNS columns, of which each
 // block of a cluster fetches half, for both.
 template <int COLUMNS, int STAGES, int PANELS, class T, class Bars>
 __device__ __forceinline__ void stream(Bars& bars, T* ring, const TensorMap& map, int n, int panel, int column,
-                                       const Walk& walk, int rank) {
+                                       const Walk& walk) {
   constexpr int kHalf = COLUMNS / 2;
   const int stage = n % STAGES;
   T* to = ring + stage * PANELS * COLUMNS * kPanel;
@@ -97,6 +107,7 @@ __device__ __forceinline__ void stream(Bars& bars, T* ring, const TensorMap& map
   for (int p = 0; p < PANELS; ++p) {
     T* at = to + p * COLUMNS * kPanel;
     if (walk.cluster > 1) {
+      const int rank = cluster_rank();
       tensor_copy_multicast(at + rank * kHalf * kPanel, map, (panel + p) * kPanel, column + rank * kHalf, full, 3);
     } else {
       tensor_copy(at, map, (panel + p) * kPanel, column, full);
@@ -107,17 +118,19 @@ __device__ __forceinline__ void stream(Bars& bars, T* ring, const TensorMap& map
 
 // Warps 1 to 3 of the producer: what each column brings besides its vector.
 template <int COLUMNS, int SLOTS, class Work, class Bars>
-__device__ void fill_columns(const Work& work, typename Work::Column* columns, int* flags, Bars& bars, const Place& at,
+__device__ void fill_columns(const Work& work, typename Work::Column* columns, int* flags, Bars& bars, const Part& at,
                              int rows) {
   const int filler = threadIdx.x % 128 - 32;
+#pragma unroll 1
   for (int n = 0; n < at.count; ++n) {
     const int slot = n % SLOTS;
     if (n >= SLOTS) mbar_wait(&bars.columns_empty[slot], (n / SLOTS - 1) & 1);
     bool slow = false;
+#pragma unroll 1
     for (int c = filler; c < COLUMNS; c += kFillers)
-      slow |= work.fill(columns[slot * COLUMNS + c], static_cast<int64_t>(at.first + n) * COLUMNS + c, at.row0, rows);
+      slow |= work.fill(columns[slot * COLUMNS + c], (at.first + n) * COLUMNS + c, at.row0, rows);
     slow = __any_sync(kAllLanes, slow);
-    if (at.lane == 0) flags[slot * 3 + at.warp - 1] = slow;
+    if (lane() == 0) flags[slot * 3 + filler / 32] = slow;
     mbar_arrive(&bars.columns_full[slot]);
   }
 }
@@ -142,19 +155,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto* columns = reinterpret_cast<typename Work::Column*>(smem + Memory::kColumnsAt);
   int* flags = reinterpret_cast<int*>(smem + Memory::kFlagsAt);
 
-  const Place at(walk, Shape::kRows);
   start(bars, walk);
 
-  if (at.group == kConsumers) {
+  if (group() == kConsumers) {
     registers_down<24>();
-    if (at.warp == 0) {
-      if (at.lane == 0) {
+    const Part at(walk, Shape::kRows);
+    if (warp() == 0) {
+      if (lane() == 0) {
         mbar_arrive_expect(&bars.rows, Shape::kRows * D * 2);
         for (int p = 0; p < kPanels; ++p)
           tensor_copy(rows + p * Shape::kRows * kPanel, rows_map, p * kPanel, at.row0, &bars.rows);
 #pragma unroll 1
         for (int n = 0; n < at.count; ++n)
-          stream<kColumns, kStages, kPanels>(bars, ring, columns_map, n, 0, (at.first + n) * kColumns, walk, at.rank);
+          stream<kColumns, kStages, kPanels>(bars, ring, columns_map, n, 0, (at.first + n) * kColumns, walk);
       }
       __syncwarp();
     } else if (work.columns_wanted()) {
@@ -162,7 +175,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     registers_up<240>();
-    auto state = work.begin(at.row0 + at.group * 64 + at.warp * 16 + at.lane / 4);
+    const Part at(walk, Shape::kRows);
+    const int group = sm90::group();
+    auto state = work.begin(at.row0 + group * 64 + warp() * 16 + lane() / 4);
     auto& seen = reinterpret_cast<typename Work::Seen*>(smem + Memory::kSeenAt)[threadIdx.x];
     seen.clear();
     float o[D / 2], s[kColumns / 2];
@@ -170,23 +185,24 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
 
-    const uint64_t rows_at = desc128(rows + at.group * 64 * kPanel, 0);
-    auto turn = [&](int i) { mbar_wait(&bars.turn[at.group], (i + 1 + at.group) & 1); };
+    const uint32_t rows_at = smem_addr(rows + group * 64 * kPanel) / 16, ring_at = smem_addr(ring) / 16;
+    auto turn = [&](int i) { mbar_wait(&bars.turn[group], (i + 1 + group) & 1); };
     auto pass = [&] {
-      if (at.lane == 0) mbar_arrive(&bars.turn[1 - at.group]);
+      if (lane() == 0) mbar_arrive(&bars.turn[1 - group]);
     };
     auto first_product = [&](int n) {
-      const uint64_t a = opaque(rows_at), b = opaque(desc128(ring + n % kStages * Shape::kTile, 0));
+      const uint32_t a = opaque(rows_at), b = opaque(ring_at + n % kStages * (Shape::kTile / 8));
 #pragma unroll
       for (int k = 0; k < D / 16; ++k)
-        wgmma_ss<T>(s, a + (k / 4 * Shape::kRows * 128 + k % 4 * 32) / 16,
-                    b + (k / 4 * kColumns * 128 + k % 4 * 32) / 16, k > 0);
+        wgmma_ss<T>(s, descriptor<16>(a + (k / 4 * Shape::kRows * 128 + k % 4 * 32) / 16),
+                    descriptor<16>(b + (k / 4 * kColumns * 128 + k % 4 * 32) / 16), k > 0);
       wgmma_commit();
     };
     auto second_product = [&](int n) {
-      const uint64_t b = opaque(desc128(ring + n % kStages * Shape::kTile, 0, kColumns * kPanel * 2));
+      const uint32_t b = opaque(ring_at + n % kStages * (Shape::kTile / 8));
 #pragma unroll
-      for (int k = 0; k < kColumns / 16; ++k) wgmma_rs_t<T>(o, p[k], b + k * 2048 / 16, true);
+      for (int k = 0; k < kColumns / 16; ++k)
+        wgmma_rs_t<T>(o, p[k], descriptor<kColumns * kPanel * 2>(b + k * 2048 / 16), true);
       wgmma_commit();
     };
 
@@ -204,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       work.tile(s, state, seen, (at.first + n) * kColumns, columns + slot * kColumns, flags + slot * 3);
       if (work.columns_wanted()) {
         __syncwarp();
-        if (at.lane == 0) mbar_arrive(&bars.columns_empty[slot]);
+        if (lane() == 0) mbar_arrive(&bars.columns_empty[slot]);
       }
       wgmma_wait<0>();
       hold(o);
@@ -229,10 +245,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma_wait<0>();
     hold(o);
     release(&bars.empty[(at.count - 1) % kStages], walk.cluster);
-    work.finish(state, seen, at.split);
-    work.store(o, state, at.split);
+    work.finish(state, seen, Part(walk, Shape::kRows).split);
+    work.store(o, state, Part(walk, Shape::kRows).split);
   }
-  if (walk.cluster > 1) cluster_sync();
+  if (opaque(walk.cluster) > 1) cluster_sync();
 }
 
 // Statistics alone: one product, so the matrix unit wants twice the exponentials and twice the columns a second. A
@@ -266,13 +282,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& bars = *reinterpret_cast<Barriers<kStages, kSlots>*>(smem + Memory::kOperands);
   auto* columns = reinterpret_cast<typename Work::Column*>(smem + Memory::kColumnsAt);
   int* flags = reinterpret_cast<int*>(smem + Memory::kFlagsAt);
-  const Place at(walk, Shape::kRows);
   start(bars, walk);
 
-  if (at.group == kConsumers) {
+  if (group() == kConsumers) {
     registers_down<24>();
-    if (at.warp == 0) {
-      if (at.lane == 0) {
+    const Part at(walk, Shape::kRows);
+    if (warp() == 0) {
+      if (lane() == 0) {
         mbar_arrive_expect(&bars.rows, Shape::kRows * D * 2);
         for (int p = 0; p < kPanels; ++p)
           for (int r = 0; r < Shape::kRows; r += 128)
@@ -280,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
         for (int n = 0; n < at.count * kPanels; ++n)
           stream<kColumns, kStages, 1>(bars, ring, columns_map, n, n % kPanels, (at.first + n / kPanels) * kColumns,
-                                       walk, at.rank);
+                                       walk);
       }
       __syncwarp();
     } else if (work.columns_wanted()) {
@@ -288,36 +304,39 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     registers_up<240>();
+    const Part at(walk, Shape::kRows);
+    const int group = sm90::group();
     typename Work::Rows state[kFragments];
     typename Work::Seen seen[kFragments];
     float s[kFragments][kColumns / 2];
-    const int fragment0 = at.group * kFragments;
+    const int fragment0 = group * kFragments;
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
-      state[f] = work.begin(at.row0 + (fragment0 + f) * 64 + at.warp * 16 + at.lane / 4);
+      state[f] = work.begin(at.row0 + (fragment0 + f) * 64 + warp() * 16 + lane() / 4);
       seen[f].clear();
     }
-    const uint64_t rows_at = desc128(rows + fragment0 * 64 * kPanel, 0);
+    const uint32_t rows_at = smem_addr(rows + fragment0 * 64 * kPanel) / 16, ring_at = smem_addr(ring) / 16;
     mbar_wait(&bars.rows, 0);
-    if (at.group) mbar_wait(&bars.turn[1], 0);
+    if (group) mbar_wait(&bars.turn[1], 0);
     for (int n = 0; n < at.count; ++n) {
 #pragma unroll
       for (int p = 0; p < kPanels; ++p) {
         const int chunk = n * kPanels + p;
         mbar_wait(&bars.full[chunk % kStages], chunk / kStages & 1);
         wgmma_fence();
-        const uint64_t a = opaque(rows_at), b = opaque(desc128(ring + chunk % kStages * Shape::kChunk, 0));
+        const uint32_t a = opaque(rows_at), b = opaque(ring_at + chunk % kStages * (Shape::kChunk / 8));
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
           for (int f = 0; f < kFragments; ++f)
-            wgmma_ss<T>(s[f], a + ((p * Shape::kRows + f * 64) * 128 + k * 32) / 16, b + k * 32 / 16, p + k > 0);
+            wgmma_ss<T>(s[f], descriptor<16>(a + ((p * Shape::kRows + f * 64) * 128 + k * 32) / 16),
+                        descriptor<16>(b + k * 32 / 16), p + k > 0);
         wgmma_commit();
         if (p) {
           wgmma_wait<1>();
           release(&bars.empty[(chunk - 1) % kStages], walk.cluster);
         }
-        if (n == 0 && p + 1 == Shape::kAhead && at.group == 0 && at.lane == 0) mbar_arrive(&bars.turn[1]);
+        if (n == 0 && p + 1 == Shape::kAhead && group == 0 && lane() == 0) mbar_arrive(&bars.turn[1]);
       }
       wgmma_wait<0>();
       release(&bars.empty[(n * kPanels + kPanels - 1) % kStages], walk.cluster);
@@ -330,13 +349,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         work.tile(s[f], state[f], seen[f], (at.first + n) * kColumns, columns + slot * kColumns, flags + slot * 3);
       if (work.columns_wanted()) {
         __syncwarp();
-        if (at.lane == 0) mbar_arrive(&bars.columns_empty[slot]);
+        if (lane() == 0) mbar_arrive(&bars.columns_empty[slot]);
       }
     }
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) work.finish(state[f], seen[f], at.split);
+    for (int f = 0; f < kFragments; ++f) work.finish(state[f], seen[f], Part(walk, Shape::kRows).split);
   }
-  if (walk.cluster > 1) cluster_sync();
+  if (opaque(walk.cluster) > 1) cluster_sync();
 }
 
 }  // namespace fastcompat::cuda::sm90

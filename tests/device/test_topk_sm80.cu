@@ -165,6 +165,17 @@ DEVICE_TEST(topk_segments) {
   }
 }
 
+DEVICE_TEST(topk_all_keys_tie_over_segments) {
+  const int64_t n = 900;
+  Part odd = part_of<bf16>(gauss(2, 8, 13), 2, gauss(n, 8, 14), n, 8);
+  odd.query = Rows::of<bf16>(std::vector<float>(2 * 8), 2, 8);  // zero: cosine 0 with every key
+  odd.all = false;
+  Part even = odd;
+  for (int64_t j = 0; j < n; ++j) (j % 2 ? odd : even).listed.push_back(j);
+  std::vector<Part> parts = {odd, even};
+  check_topk(parts, 5, Metric::cosine);
+}
+
 DEVICE_TEST(topk_more_than_there_are) {
   check_plain<bf16>(3, 10, 8, 40, Metric::cosine);
   check_plain<float>(2, 300, 8, 700, Metric::ip);
