@@ -49,7 +49,6 @@ struct StatsPairs {
   const StatsArgs& a;
   StatsMemory<TM>& memory;
   float scale;
-  int64_t first_key;
 
   __device__ __forceinline__ bool wanted(int) const { return true; }
   __device__ __forceinline__ void load(unsigned char* info, int64_t key) const {
@@ -62,7 +61,7 @@ struct StatsPairs {
     const KeyInfo<TN>& keys = *reinterpret_cast<const KeyInfo<TN>*>(info);
     const int64_t key0 = tile * TN;
     const int count = static_cast<int>(min(int64_t{TN}, a.walk.y.rows - key0)),
-              offset = static_cast<int>(key0 - first_key);
+              offset = static_cast<int>(key0 - static_cast<int64_t>(blockIdx.y) * a.walk.split_tiles * TN);
     unsigned positive = 0, negative = 0;  // bit r * 8 + n
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -161,17 +160,17 @@ __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_consta
   DYN_SMEM(smem);
   using Memory = StatsMemory<TM>;
   Memory& memory = *reinterpret_cast<Memory*>(smem + a.walk.own_at);
-  StatsPairs<F, TM, SUMS> pairs{a, memory, scale_of(a.scale, a.scale_factor), 0};
+  StatsPairs<F, TM, SUMS> pairs{a, memory, scale_of(a.scale, a.scale_factor)};
   TileWalk<F, TM, StatsPairs<F, TM, SUMS>> walk(a.walk, smem, pairs);
   const int64_t B = a.walk.x.rows, N = a.walk.y.rows;
-  pairs.first_key = walk.first * (kScores / TM);
+  const int64_t first_key = walk.first() * (kScores / TM);
   for (int n = threadIdx.x; n < TM; n += kThreads) {
-    const int64_t row = walk.x0 + n;
+    const int64_t row = walk.x0() + n;
     const int64_t keys = static_cast<int64_t>(walk.tiles) * (kScores / TM);
     const bool inside = row < B;
     memory.label[n] = inside && a.query_labels && a.query_labels[row] >= 0 ? a.query_labels[row] : kNoQueryLabel;
-    memory.left_out[0][n] = inside ? place_of(key_of(a.positive, row, N, 0), pairs.first_key, keys) : -1;
-    memory.left_out[1][n] = inside ? place_of(key_of(a.exclude, row, N, -1), pairs.first_key, keys) : -1;
+    memory.left_out[0][n] = inside ? place_of(key_of(a.positive, row, N, 0), first_key, keys) : -1;
+    memory.left_out[1][n] = inside ? place_of(key_of(a.exclude, row, N, -1), first_key, keys) : -1;
     for (int c = 0; c < Memory::WN; ++c) {
       memory.top[c][n] = -CUDART_INF_F;
       memory.sum_exp[c][n] = 0.0f;
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_consta
     for (auto& group : o) clear(group);
   walk.run(o);
 
-  if (threadIdx.x < TM && walk.x0 + threadIdx.x < B && blockIdx.z == 0) {
+  if (threadIdx.x < TM && walk.x0() + threadIdx.x < B && blockIdx.z == 0) {
     const int n = threadIdx.x;
     float top = memory.top[0][n], sum_exp = memory.sum_exp[0][n];
     PositiveState all = memory.positives[0][n];
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_consta
       all.sum += state.sum;
       all.count += state.count;
     }
-    a.parts[blockIdx.y * B + walk.x0 + n] = {top, sum_exp, all.top, all.sum_exp, all.sum, all.count};
+    a.parts[blockIdx.y * B + walk.x0() + n] = {top, sum_exp, all.top, all.sum_exp, all.sum, all.count};
   }
   if constexpr (SUMS) {
     const Place<TM> at;
@@ -204,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_consta
     for (int group = 0; group < F::groups; ++group)
 #pragma unroll
       for (int n = 0; n < 32; ++n) {
-        const int64_t row = walk.x0 + at.row(n / 8), d = walk.out0 + group * (kScores / TM) + at.column(n % 8);
+        const int64_t row = walk.x0() + at.row(n / 8), d = walk.out0() + group * (kScores / TM) + at.column(n % 8);
         if (row < B && d < a.walk.dim) sums[row * a.walk.dim + d] = part(o[group], n / 8, n % 8) / kWeightScale<F>;
       }
   }
