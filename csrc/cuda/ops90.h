@@ -373,7 +373,9 @@ WGMMA_SHAPE(256, 128, 128, 129, 130, 131, 132, 133, 134)
 // d[R] holds N = 2R columns: d[4j + 2h + i] is row 16 * warp + lane / 4 + 8h, column 8j + lane % 4 * 2 + i. A register
 // of a[4] holds what mma_m16n8k16's does. _t: B is MN-major. accumulate = false starts from zero.
 #if CUDA_ON_CPU
-#define WGMMA(kind, transposed) emu::wgmma<T>(d, emu::operand(a), b, accumulate, transposed, caller)
+#define WGMMA(kind, transposed)                                                \
+  static_assert(R % 4 == 0 && R <= 128, "columns: a multiple of 8 up to 256"); \
+  emu::wgmma(emu::half_type<T>, d, 2 * R, emu::operand(a), b, accumulate, transposed, caller)
 #else
 #define WGMMA(kind, transposed) Wgmma<R>::template kind<T, transposed>(d, a, b, accumulate)
 #endif

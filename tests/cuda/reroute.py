@@ -10,6 +10,7 @@ bindings, dispatch, scratch sizes and kernels are the product's, only the device
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[pytest.StashKey[Any]()] = _carry_to_the_gpu()
     else:
         _emulate(folder)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the modules that import what this machine does not have."""
+    if collection_path.suffix != ".py":
+        return None
+    needed = re.findall(r"^(?:import|from) (\w+)", collection_path.read_text(), re.MULTILINE)
+    return any(importlib.util.find_spec(name) is None for name in needed) or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
