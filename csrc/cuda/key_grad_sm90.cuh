@@ -17,7 +17,7 @@ struct KeyCoefficients {
   const float* power;  // fp16: what coefficients are multiplied by, a power of two that brings the largest to 2^14
   T* dkeys;            // [N, D], or null with several splits
   float* parts;        // [splits, N, D] then
-  float* dbias;        // [N] or null; [splits, N] with several splits
+  float* dbias;        // [N] or null; [parts, N] with several parts
 
   struct Column {
     float neg_lse, g_neg, pos_lse, g_pos, g_sum;
@@ -67,6 +67,11 @@ struct KeyCoefficients {
   template <int R>
   __device__ __forceinline__ void tile(float (&s)[R], Rows& r, Seen& seen, int /*first*/, const Column* columns,
                                        const int* flags) const {
+    exponentials(s, r, 1.0f, seen, columns, flags);
+  }
+  template <int R>
+  __device__ __forceinline__ void exponentials(float (&s)[R], const Rows& r, float, Seen& seen, const Column* columns,
+                                               const int* flags) const {
     const int t2 = threadIdx.x % 4 * 2;
     if (pairs.query_labels || pairs.bias || (flags[0] | flags[1] | flags[2])) {
       select(s, r, columns + t2);
@@ -136,28 +141,37 @@ struct KeyCoefficients {
       if (columns[i / 4 * 8 + (i & 1)].exclude == r.row + (i & 2) * 4 || (same(i) && !positive(i))) s[i] = 0.0f;
   }
 
+  // In three steps, as LogSumExp has them; there is no maximum to agree on.
+  template <int R>
+  __device__ __forceinline__ float logits(float (&)[R], const Rows&, Seen&, int, const Column*,
+                                          float (&reached)[2]) const {
+    reached[0] = reached[1] = 0.0f;
+    return 1.0f;
+  }
+  __device__ __forceinline__ void raise(Rows&, const float (&)[2]) const {}
+
   template <int R>
   __device__ __forceinline__ void correct(float (&)[R], const Rows&) const {}
 
-  __device__ void finish(const Rows& r, const Seen& seen, int split) const {
+  __device__ void finish(const Rows& r, const Seen& seen, int part) const {
     if (!dbias) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float sum = quad_sum(seen.sum[h]);
       const int64_t row = r.row + 8 * h;
-      if (threadIdx.x % 4 == 0 && row < pairs.keys) dbias[split * pairs.keys + row] = kHalf ? sum / *power : sum;
+      if (threadIdx.x % 4 == 0 && row < pairs.keys) dbias[part * pairs.keys + row] = kHalf ? sum / *power : sum;
     }
   }
   template <int R>
-  __device__ __forceinline__ void store(const float (&o)[R], const Rows& r, int split) const {
+  __device__ __forceinline__ void store(const float (&o)[R], const Rows& r, int split, int column0 = 0) const {
     const float scale = kHalf ? pairs.full_scale() / *power : pairs.full_scale();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (r.row + 8 * h >= pairs.keys) continue;
-      const int64_t at = static_cast<int64_t>(r.row + 8 * h) * dim + threadIdx.x % 4 * 2;
+      const int64_t at = static_cast<int64_t>(r.row + 8 * h) * dim + column0 + threadIdx.x % 4 * 2;
 #pragma unroll
       for (int j = 0; j < R / 4; ++j) {
-        if (j * 8 >= dim) continue;
+        if (column0 + j * 8 >= dim) continue;
         const float a = o[4 * j + 2 * h] * scale, b = o[4 * j + 2 * h + 1] * scale;
         if (dkeys)
           *reinterpret_cast<uint32_t*>(dkeys + at + j * 8) = pack<T>(a, b);

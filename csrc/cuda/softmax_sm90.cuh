@@ -251,6 +251,152 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (opaque(walk.cluster) > 1) cluster_sync();
 }
 
+// Two products when a row of o fills the registers of two warpgroups: 64 rows, each consumer has half of o's columns,
+// so that both need all exponentials. Of a tile's 128 columns each consumer multiplies and exponentiates 64 and hands
+// them to the other through shared memory. A tile arrives in quarters of 64 columns x 256 elements, each given back as
+// soon as its last reader is through; quarter(owner, half) numbers them in the order of that.
+struct Halves {
+  static constexpr int kDim = 512, kRows = 64, kOwn = 64, kColumns = 2 * kOwn, kStages = 4, kSlots = 1;
+  static constexpr int kQuarter = kOwn * kDim / 2, kPanels = kDim / kPanel, kShared = kRows * kPanel;
+  template <class Work>
+  struct Memory {
+    static constexpr size_t kSharedAt = 2 * (kRows * kDim + kStages * kQuarter);
+    static constexpr size_t kBarriersAt = kSharedAt + 2 * kConsumers * kShared;
+    static constexpr size_t kTopsAt = kBarriersAt + (sizeof(Barriers<kStages, kSlots>) + 15) / 16 * 16;
+    static constexpr size_t kColumnsAt = kTopsAt + kConsumers * kRows * sizeof(float);
+    static constexpr size_t kFlagsAt = kColumnsAt + kSlots * kColumns * sizeof(typename Work::Column);
+    static constexpr size_t kSeenAt = kFlagsAt + (kSlots * 3 * sizeof(int) + 15) / 16 * 16;
+    static constexpr size_t kBytes = kSeenAt + 128 * kConsumers * sizeof(typename Work::Seen);
+  };
+  __device__ static int quarter(int owner, int half) { return owner == half ? owner : 2 + half; }
+};
+
+template <class T, class Work>
+__global__ void __launch_bounds__(kThreads, 1)
+    two_products_in_halves(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Work work,
+                           Walk walk) {
+  using Shape = Halves;
+  using Memory = typename Shape::template Memory<Work>;
+  constexpr int kOwn = Shape::kOwn, kStages = Shape::kStages, kHalfPanels = Shape::kPanels / 2;
+  DYN_SMEM(smem);
+  T* rows = reinterpret_cast<T*>(smem);
+  T* ring = rows + Shape::kRows * Shape::kDim;
+  T* shared = reinterpret_cast<T*>(smem + Memory::kSharedAt);
+  auto& bars = *reinterpret_cast<Barriers<kStages, Shape::kSlots>*>(smem + Memory::kBarriersAt);
+  float* tops = reinterpret_cast<float*>(smem + Memory::kTopsAt);
+  auto* columns = reinterpret_cast<typename Work::Column*>(smem + Memory::kColumnsAt);
+  int* flags = reinterpret_cast<int*>(smem + Memory::kFlagsAt);
+  start(bars, walk);
+
+  if (group() == kConsumers) {
+    registers_down<24>();
+    const Part at(walk, Shape::kRows);
+    if (warp() == 0) {
+      if (lane() == 0) {
+        mbar_arrive_expect(&bars.rows, Shape::kRows * Shape::kDim * 2);
+        for (int p = 0; p < Shape::kPanels; ++p)
+          tensor_copy(rows + p * Shape::kRows * kPanel, rows_map, p * kPanel, at.row0, &bars.rows);
+#pragma unroll 1
+        for (int n = 0; n < at.count * kStages; ++n) {
+          const int quarter = n % kStages, half = quarter % 2, owner = quarter < 2 ? half : 1 - half;
+          stream<kOwn, kStages, kHalfPanels>(bars, ring, columns_map, n, half * kHalfPanels,
+                                             (at.first + n / kStages) * Shape::kColumns + owner * kOwn, walk);
+        }
+      }
+      __syncwarp();
+    } else if (work.columns_wanted()) {
+      fill_columns<Shape::kColumns, Shape::kSlots>(work, columns, flags, bars, at, Shape::kRows);
+    }
+  } else {
+    registers_up<240>();
+    const Part at(walk, Shape::kRows);
+    const int own = sm90::group(), other = 1 - own;  // consumers, and also the halves of o that they have
+    const int g = lane() / 4, row = warp() * 16 + g;
+    auto state = work.begin(at.row0 + row);
+    auto& seen = reinterpret_cast<typename Work::Seen*>(smem + Memory::kSeenAt)[threadIdx.x];
+    seen.clear();
+    float o[Shape::kDim / 4], s[kOwn / 2];
+    uint32_t p[kOwn / 16][4];
+#pragma unroll
+    for (int i = 0; i < Shape::kDim / 4; ++i) o[i] = 0.0f;
+    const uint32_t rows_at = smem_addr(rows) / 16, ring_at = smem_addr(ring) / 16;
+    const uint32_t other_at = smem_addr(shared + other * Shape::kShared) / 16;
+    char* const mine = reinterpret_cast<char*>(shared + own * Shape::kShared) + row * 128 + lane() % 4 * 4;
+
+    mbar_wait(&bars.rows, 0);
+    for (int n = 0; n < at.count; ++n) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int half = part ? other : own, quarter = Shape::quarter(own, half);
+        mbar_wait(&bars.full[quarter], n & 1);
+        wgmma_fence();
+        const uint32_t a = opaque(rows_at + half * (kHalfPanels * Shape::kRows * 8));
+        const uint32_t b = opaque(ring_at + quarter * (Shape::kQuarter / 8));
+#pragma unroll
+        for (int k = 0; k < 4 * kHalfPanels; ++k)
+          wgmma_ss<T>(s, descriptor<16>(a + (k / 4 * Shape::kRows * 128 + k % 4 * 32) / 16),
+                      descriptor<16>(b + (k / 4 * kOwn * 128 + k % 4 * 32) / 16), part + k > 0);
+        wgmma_commit();
+      }
+      wgmma_wait<0>();
+      hold(s);
+      release(&bars.empty[Shape::quarter(own, 0)], walk.cluster);
+      release(&bars.empty[Shape::quarter(own, 1)], walk.cluster);
+
+      if (work.columns_wanted()) mbar_wait(&bars.columns_full[0], n & 1);
+      float reached[2];
+      const auto* mine_columns = columns + own * kOwn;
+      const float scale =
+          work.logits(s, state, seen, (at.first + n) * Shape::kColumns + own * kOwn, mine_columns, reached);
+      if (lane() % 4 == 0) tops[own * Shape::kRows + row] = reached[0], tops[own * Shape::kRows + row + 8] = reached[1];
+      bar_sync(1, 128 * kConsumers);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) reached[h] = fmaxf(reached[h], tops[other * Shape::kRows + row + 8 * h]);
+      work.raise(state, reached);
+      work.exponentials(s, state, scale, seen, mine_columns, flags);
+      if (work.columns_wanted()) {
+        __syncwarp();
+        if (lane() == 0) mbar_arrive(&bars.columns_empty[0]);
+      }
+      work.correct(o, state);
+#pragma unroll
+      for (int k = 0; k < kOwn / 16; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          p[k][i] = pack<T>(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+          // Register i has row 8 * (i % 2) + g and columns 16k + 8 * (i / 2) on, in the 128-byte swizzle.
+          *reinterpret_cast<uint32_t*>(mine + i % 2 * 1024 + ((2 * k + i / 2) ^ g % 8) * 16) = p[k][i];
+        }
+      fence_proxy_async();
+      bar_sync(1, 128 * kConsumers);
+
+      wgmma_fence();
+      constexpr int kPanelBytes = kOwn * 128;
+      const uint32_t mine_at = opaque(ring_at + own * (Shape::kQuarter / 8));
+#pragma unroll
+      for (int k = 0; k < kOwn / 16; ++k)
+        wgmma_rs_t<T>(o, p[k], descriptor<kPanelBytes>(mine_at + k * 2048 / 16), true);
+      wgmma_commit();
+      mbar_wait(&bars.full[2 + own], n & 1);
+      wgmma_fence();
+      const uint32_t b = opaque(ring_at + (2 + own) * (Shape::kQuarter / 8)), a = opaque(other_at);
+#pragma unroll
+      for (int k = 0; k < kOwn / 16; ++k)
+        wgmma_ss_t<T>(o, descriptor<16>(a + k * 32 / 16), descriptor<kPanelBytes>(b + k * 2048 / 16), true);
+      wgmma_commit();
+      wgmma_wait<1>();
+      release(&bars.empty[own], walk.cluster);
+      wgmma_wait<0>();
+      hold(o);
+      release(&bars.empty[2 + own], walk.cluster);
+    }
+    const int split = Part(walk, Shape::kRows).split;
+    work.finish(state, seen, split * kConsumers + own);
+    work.store(o, state, split, own * (Shape::kDim / 2));
+  }
+  if (opaque(walk.cluster) > 1) cluster_sync();
+}
+
 // Statistics alone: one product, so the matrix unit wants twice the exponentials and twice the columns a second. A
 // consumer holds kFragments x 64 rows of logits, columns come in chunks of 64 elements a row. The second consumer
 // starts kAhead chunks after the first; from then on each computes exponentials while the other multiplies.
