@@ -62,7 +62,18 @@ def compile_one(nvcc: str, nvdisasm: str, source: pathlib.Path, arch: str) -> di
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernels.cubin")
         target = f"arch=compute_{arch},code=sm_{arch}"
-        command = [nvcc, "-std=c++17", "-O3", "-cubin", "-gencode", target, "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
+        command = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-cubin",
+            "-gencode",
+            target,
+            "-Xptxas",
+            "-v",
+            "-I",
+            str(ROOT / "csrc"),
+        ]
         done = subprocess.run([*command, str(source), "-o", cubin], capture_output=True, text=True)
         log = done.stdout + done.stderr
         if done.returncode or "are serialized" in log:  # the second: wgmma that waits for itself
@@ -74,7 +85,11 @@ def compile_one(nvcc: str, nvdisasm: str, source: pathlib.Path, arch: str) -> di
         used = re.search(r"Used (\d+) registers", text)
         if not spill or not used:
             sys.exit(f"{source.name} for sm_{arch}: nvcc says nothing of {name}:\n{text}")
-        kernels[name] = {"registers": int(used[1]), "stack": int(spill[1]), "spill": int(spill[2]) + int(spill[3])}
+        kernels[name] = {
+            "registers": int(used[1]),
+            "stack": int(spill[1]),
+            "spill": int(spill[2]) + int(spill[3]),
+        }
     for section in re.split(r"^\.section|^\t\.section", code, flags=re.M):
         title = re.match(r"\s*\.text\.(\w+)", section)
         if title and title[1] in kernels:
@@ -85,7 +100,9 @@ def compile_one(nvcc: str, nvdisasm: str, source: pathlib.Path, arch: str) -> di
 
 def demangle(names: list[str]) -> dict[str, str]:
     """Readable names without the argument list."""
-    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout
     out = {}
     for name, full in zip(names, text.splitlines(), strict=True):
         full = re.sub(r"^void ", "", full)
@@ -147,7 +164,9 @@ def main() -> int:
             }
     errors += [f"{name}: stated, but no such kernel was compiled" for name in known.keys() - seen]
 
-    print(f"{'kernel':72} registers by architecture; stated; matrix instructions; global loads and copies by bits")
+    print(
+        f"{'kernel':72} registers by architecture; stated; matrix instructions; global loads and copies by bits"
+    )
     for title, archs in sorted(rows.items()):
         last = archs[next(reversed(archs))]
         base = re.split(r"[<(]", title)[0].split("::")[-1]
@@ -159,7 +178,9 @@ def main() -> int:
         print(f"{title[:72]:72} {registers}; {stated}; {tensor} of {last['instructions']}; {loads}")
     for error in errors:
         print(f"error: {error}")
-    version = re.search(r"release \S+, (\S+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    version = re.search(
+        r"release \S+, (\S+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
     args.json.parent.mkdir(parents=True, exist_ok=True)
     report = {"nvcc": version[1] if version else "", "kernels": rows}
     args.json.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
