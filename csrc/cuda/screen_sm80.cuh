@@ -1,9 +1,12 @@
 // Screening: score tiles on tensor cores, of which only pairs that may matter go on, as intervals that hold their exact
-// score. inner_ij = <q_i, k_j> * a_j + b_j is compared with one limit per row and tile; everything else is for
-// survivors. Fused: matrix product, metric, limit. Read twice: queries, once per tile of keys (from L2). A block: 128
-// queries x 128 keys, 4 warps of 64 x 64, 4 stages of 32 columns, one barrier per stage. Registers: 128 of
-// accumulators, under 255 in all; shared memory 78 KiB: two blocks on an SM (sm_80, sm_90), one on sm_86, sm_89 and
-// sm_120. Floor: 2 B N D operations at the rate of mma.sync (about 60 % of Hopper's peak).
+// score. inner_ij = <q_i, k_j> * a_j + b_j is compared with one limit per row and tile; all else is for survivors.
+// Fused: matrix product, metric, limit. Read twice: queries, once per tile of keys (from L2).
+//
+// A block: 128 queries x 128 keys, 4 warps of 64 x 64, 4 stages of 32 columns. Between two barriers a warp issues 64
+// matrix instructions, 16 loads of fragments and about 80 others.
+//
+// 128 registers of accumulators, 228 to 254 in all; 78.5 KiB of shared memory: two blocks on an SM of sm_80 and sm_90,
+// one on sm_86, sm_89 and sm_120. Floor: 2 B N D operations at the rate of mma.sync (about 60 % of Hopper's peak).
 #pragma once
 #include "row_terms.cuh"
 
@@ -150,6 +153,7 @@ __device__ __forceinline__ void multiply_piece(const unsigned char* stage, const
 // thread asks active() and threshold(), what a score must reach, of the row of its number; offer(row, column, position,
 // low, high) hears of one survivor and says whether it wants settle(row, column, position, score), which a whole warp
 // enters.
+// report: screen_kernel 255 registers; HMMA.16816.F32*, LDSM.16.M88.4, LDGSTS.E.BYPASS.128*
 template <class T, class Reduction>
 __global__ void __launch_bounds__(THREADS, 2)
     screen_kernel(const __grid_constant__ Screen p, const __grid_constant__ typename Reduction::Problem problem) {
