@@ -1,4 +1,4 @@
-"""Which devices the native kernels take, and what is said of the others. Nothing is computed: no GPU needed."""
+"""Which devices the native kernels take, and what is said of the others; nothing is computed here."""
 
 from __future__ import annotations
 
