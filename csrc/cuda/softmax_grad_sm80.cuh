@@ -136,6 +136,7 @@ struct GradientPairs {
   }
 };
 
+// report: gradient_tiles 255 registers; HMMA.*, LDSM.*, LDGSTS.*128
 template <class F, int TM>
 __global__ void __launch_bounds__(kThreads, 1) gradient_tiles(const __grid_constant__ GradientArgs a) {
   DYN_SMEM(smem);

@@ -156,6 +156,7 @@ struct StatsPairs {
   }
 };
 
+// report: softmax_tiles 255 registers; HMMA.*, LDSM.*, LDGSTS.*128
 template <class F, int TM, bool SUMS>
 __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_constant__ StatsArgs a) {
   DYN_SMEM(smem);

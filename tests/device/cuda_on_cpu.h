@@ -238,7 +238,7 @@ enum cudaDeviceAttr {
 namespace emu {
 inline int multiprocessors = 4, capability = 80;  // the device that cudaDeviceGetAttribute describes
 inline int driver = 13000;                        // the CUDA version that it supports
-}
+}  // namespace emu
 inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
