@@ -231,7 +231,7 @@ __device__ void sort_codes(const Team& team, code_t* codes, int m) {
     }
 }
 
-// report: merge_kernel 128 registers
+// report: merge_kernel 64 registers
 __global__ void __launch_bounds__(MERGE_THREADS)
     merge_kernel(const __grid_constant__ Merge p, const __grid_constant__ Gallery gallery) {
   DYN_SMEM(smem);

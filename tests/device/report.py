@@ -90,7 +90,7 @@ def compile_one(nvcc: str, nvdisasm: str, source: pathlib.Path, arch: str) -> di
             sys.exit(f"{source.name} for sm_{arch}: nvcc says nothing of {name}:\n{text}")
         spill = int(stack[2]) + int(stack[3])
         kernels[name] = {"registers": int(used[1]), "stack": int(stack[1]), "spill": spill}
-    for section in re.split(r"^\.section|^\t\.section", code, flags=re.M):
+    for section in re.split(r"^\s*\.section\s", code, flags=re.M):
         title = re.match(r"\s*\.text\.(\w+)", section)
         if title and title[1] in kernels:
             opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", section)
