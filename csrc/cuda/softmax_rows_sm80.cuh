@@ -60,7 +60,7 @@ __device__ __forceinline__ double exp_shift(float top, double shift) {
 }
 
 // neg_lse = max + log of the sum, mean = the splits' sums under one maximum; likewise positives.
-// report: combine_stats 64 registers
+// report: combine_stats 96 registers
 __global__ void __launch_bounds__(kRowThreads) combine_stats(const __grid_constant__ CombineArgs a) {
   const int64_t B = a.query.rows, N = a.keys.rows, D = a.query.dim, row = row_of_warp();
   const int lane = threadIdx.x % 32;
@@ -180,7 +180,7 @@ struct QueryGradArgs {
 };
 
 // u = g_neg mean + sum over positives; dquery = scale u, dscale = <query, u>.
-// report: finish_query_grad 64 registers
+// report: finish_query_grad 96 registers
 __global__ void __launch_bounds__(kRowThreads) finish_query_grad(const __grid_constant__ QueryGradArgs a) {
   const int64_t B = a.query.rows, N = a.keys.rows, D = a.query.dim, row = row_of_warp();
   if (row >= B) return;
@@ -214,14 +214,15 @@ struct KeyGradArgs {
   float* dbias;
 };
 
-// report: add_key_grads 64 registers
+// report: add_key_grads 96 registers
 __global__ void __launch_bounds__(kRowThreads) add_key_grads(const __grid_constant__ KeyGradArgs a) {
   const int64_t row = row_of_warp();
   if (row >= a.keys) return;
   const float scale = scale_of(a.scale, a.scale_factor);
   for (int64_t d = threadIdx.x % 32; a.dkeys && d < a.dim; d += 32) {
+    const float* part = a.sums + row * a.dim + d;
     float sum = 0.0f;
-    for (int s = 0; s < a.splits; ++s) sum += a.sums[(s * a.keys + row) * a.dim + d];
+    for (int s = 0; s < a.splits; ++s, part += a.keys * a.dim) sum += *part;
     store(a.dkeys, a.dtype, row * a.dim + d, scale * sum);
   }
   if (a.dbias && threadIdx.x % 32 == 0) {
