@@ -1,7 +1,7 @@
 // c_ij = d loss / d z_ij with both log-sum-exps known, z recomputed. Keys stay and queries stream: sum_i c_ij q_i and
 // sum_i c_ij. Queries stay and keys stream: the positives' share of sum_j c_ij k_j; tiles without a positive are
 // skipped. Fused: scale, bias, labels, left-out keys, exponentials, rounding to 16 bits. The streamed rows are read
-// twice a tile. Floor: 4 B N D operations at the rate of mma.sync. Registers: 255, 256 threads.
+// twice a tile. Floor: 4 B N D operations at the rate of mma.sync. 256 threads, at most 255 registers (247 on sm_120).
 #pragma once
 #include "softmax_parts_sm80.cuh"
 
@@ -78,7 +78,7 @@ struct GradientPairs {
 
   __device__ __forceinline__ void apply(float (&s)[2][4][4], float (&factor)[4], const unsigned char* info,
                                         int64_t tile) {
-    const Place<TM> at;
+    const Place<TM> at(afresh(threadIdx.x));
     const int64_t y0 = tile * TN, count = min(int64_t{TN}, a.walk.y.rows - y0);
     if constexpr (KEYS_STAY) {
       const QueryTerms* queries = reinterpret_cast<const QueryTerms*>(info);
@@ -142,6 +142,7 @@ struct GradientPairs {
   }
 };
 
+// report: gradient_tiles 255 registers; HMMA.*, LDSM.*, LDGSTS.*128*
 template <class F, int TM, bool KEYS_STAY>
 __global__ void __launch_bounds__(kThreads, 1) gradient_tiles(const __grid_constant__ GradientArgs a) {
   DYN_SMEM(smem);
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_tiles(const __grid_const
   walk.run(o);
 
   const float back = a.coefficient_scale ? 1.0f / *a.coefficient_scale : 1.0f;
-  const Place<TM> at;
+  const Place<TM> at(threadIdx.x);
   if (a.out) {
     const float factor = a.scale_out ? back * pairs.scale : back;
     const int64_t base = blockIdx.y * rows * a.walk.dim;

@@ -142,6 +142,7 @@ __device__ __forceinline__ void release(uint64_t* empty, int cluster) {
   if (cluster > 1) mbar_free_remote(empty, 1 - cluster_rank());
 }
 
+// report: two_products 168 registers; HGMMA.*, UTMALDG.*
 template <class T, int D, class Work>
 __global__ void __launch_bounds__(kThreads, 1)
     two_products(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Work work, Walk walk) {
@@ -415,6 +416,7 @@ struct One {
   };
 };
 
+// report: one_product 168 registers; HGMMA.*, UTMALDG.*
 template <class T, int D, class Work>
 __global__ void __launch_bounds__(kThreads, 1)
     one_product(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Work work, Walk walk) {

@@ -2,7 +2,7 @@
 // positives, and sum_j e^(z_ij - max) k_j over negatives (flash attention with V = K), z_ij = scale <q_i, k_j> +
 // bias_j. Fused: scale, bias, labels, left-out keys, both sets' exponentials, rounding of weights to 16 bits. Keys are
 // read once for the statistics alone, twice a tile with the mean (tiles_sm80.cuh). Floor: 2 B N D operations a product
-// at the rate of mma.sync. Registers: 128 (split 143) for the statistics alone, 244 to 254 with the mean; 256 threads.
+// at the rate of mma.sync. 256 threads, at most 255 registers (247 on sm_120), about 155 without the mean.
 #pragma once
 #include "softmax_parts_sm80.cuh"
 
@@ -57,7 +57,7 @@ struct StatsPairs {
 
   __device__ __forceinline__ void apply(float (&s)[2][4][4], float (&factor)[4], const unsigned char* info,
                                         int64_t tile) {
-    const Place<TM> at;
+    const Place<TM> at(afresh(threadIdx.x));
     const KeyInfo<TN>& keys = *reinterpret_cast<const KeyInfo<TN>*>(info);
     const int64_t key0 = tile * TN;
     const int count = static_cast<int>(min(int64_t{TN}, a.walk.y.rows - key0)),
@@ -155,6 +155,7 @@ struct StatsPairs {
   }
 };
 
+// report: softmax_tiles 255 registers; HMMA.*, LDSM.*, LDGSTS.*128*
 template <class F, int TM, bool SUMS>
 __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_constant__ StatsArgs a) {
   DYN_SMEM(smem);
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_consta
     a.parts[blockIdx.y * B + walk.x0() + n] = {top, sum_exp, all.top, all.sum_exp, all.sum, all.count};
   }
   if constexpr (SUMS) {
-    const Place<TM> at;
+    const Place<TM> at(threadIdx.x);
     float* sums = a.sums + blockIdx.y * B * a.walk.dim;
 #pragma unroll
     for (int group = 0; group < F::groups; ++group)

@@ -137,13 +137,21 @@ __device__ __forceinline__ void scale_add(float (&s)[2][4][4], const float (&fac
     for (int n = 0; n < 8; ++n) part(s, r, n) = fmaf(part(s, r, n), factor[r], part(t, r, n));
 }
 
-// Where this thread's 4 rows of 8 columns of S lie.
+// The same number, but what follows from it is computed here and now: not held in registers through the loops around.
+__device__ __forceinline__ int afresh(int x) {
+#if !CUDA_ON_CPU
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// Where a thread's 4 rows of 8 columns of S lie.
 template <int TM>
 struct Place {
   static constexpr int TN = kScores / TM, WN = TN / 32;
   int warp_row, warp_column, wn, g, t;
-  __device__ __forceinline__ Place() {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __device__ __forceinline__ explicit Place(int thread) {
+    const int warp = thread / 32, lane = thread % 32;
     wn = warp % WN;
     warp_row = warp / WN * 32;
     warp_column = wn * 32;
@@ -173,7 +181,7 @@ class TileWalk {
   // o [GROUPS]; [1] where sums are never wanted.
   template <int G>
   __device__ __forceinline__ void run(float (&o)[G][2][4][4]) {
-    const Place<TM> at;
+    const Place<TM> at(threadIdx.x);
     uint16_t* weights = reinterpret_cast<uint16_t*>(smem + w.weights_at);
     start();
     int info = 0;

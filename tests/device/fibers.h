@@ -61,6 +61,7 @@ struct Quiet {
 };
 inline void release(void* p) { __tsan_release(p); }
 inline void acquire(void* p) { __tsan_acquire(p); }
+inline void will_write(void* p, size_t bytes) { __tsan_write_range(p, bytes); }  // from now on
 #else
 struct Quiet {
   Quiet() {}
@@ -68,6 +69,7 @@ struct Quiet {
 };
 inline void release(void*) {}
 inline void acquire(void*) {}
+inline void will_write(void*, size_t) {}
 #endif
 
 struct Where {

@@ -100,6 +100,7 @@ inline void cp_async(void* dst, const void* src, int size, int bytes, Where at) 
   if ((reinterpret_cast<uintptr_t>(dst) | (bytes ? reinterpret_cast<uintptr_t>(src) : 0)) & (size - 1))
     fail("cp.async", at, "an address is not aligned");
   smem_address(dst, at, size);
+  will_write(dst, size);
   auto move = [=] {
     if (bytes) memcpy(dst, src, bytes);
     if (bytes < size) memset(static_cast<char*>(dst) + bytes, 0, size - bytes);

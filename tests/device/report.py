@@ -1,11 +1,11 @@
 """Compile report of the CUDA kernels: registers, spills, and the instructions that came out.
 
-Every csrc/cuda/*.cu is compiled for each of its architectures. A kernel states next to its code what it may use:
+Every csrc/cuda/*.cu is compiled for each of its architectures. A kernel states beside its code what it uses:
 
     // report: softmax_kernel 128 registers; HMMA.*, LDGSTS.*128
 
-At most so many registers on every architecture, no spills, and at least one instruction that matches each pattern
-(a pattern with ! must match none). A kernel without such a line is an error, as is a line without a kernel.
+At most so many registers on every architecture, no spills, and at least one instruction that matches each
+pattern (with ! in front: none). A kernel without such a line is an error, as is a line without a kernel.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ PORTABLE = ["80", "86", "89", "90", "100", "120"]
 HOPPER = ["90a"]
 # What is worth counting, by prefix; the rest is "other".
 GROUPS = [
-    "HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "UBLKCP", "LDG", "STG", "LDS", "STS", "LDL", "STL", "MUFU", "SHFL",
-    "FFMA", "FMUL", "FADD", "FMNMX", "BAR", "SYNCS", "WARPGROUP", "IMAD", "ATOM",
+    "HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "UBLKCP", "LDG", "STG", "LDS", "STS", "LDL", "STL", "MUFU",
+    "SHFL", "FFMA", "FMUL", "FADD", "FMNMX", "BAR", "SYNCS", "WARPGROUP", "IMAD", "ATOM",
 ]  # fmt: skip
+
+
+def run(command: list[str], check: bool = True, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=check, input=input)
 
 
 def find_tool(name: str) -> str:
@@ -62,8 +66,7 @@ def compile_one(nvcc: str, nvdisasm: str, source: pathlib.Path, arch: str) -> di
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernels.cubin")
         target = f"arch=compute_{arch},code=sm_{arch}"
-        command = [
-            nvcc,
+        options = [
             "-std=c++17",
             "-O3",
             "-cubin",
@@ -74,23 +77,20 @@ def compile_one(nvcc: str, nvdisasm: str, source: pathlib.Path, arch: str) -> di
             "-I",
             str(ROOT / "csrc"),
         ]
-        done = subprocess.run([*command, str(source), "-o", cubin], capture_output=True, text=True)
+        done = run([nvcc, *options, str(source), "-o", cubin], check=False)
         log = done.stdout + done.stderr
         if done.returncode or "are serialized" in log:  # the second: wgmma that waits for itself
             sys.exit(f"{source.name} for sm_{arch}:\n{log}")
-        code = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+        code = run([nvdisasm, "-c", cubin]).stdout
     kernels: dict[str, dict[str, Any]] = {}
     for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.S):
-        spill = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
         used = re.search(r"Used (\d+) registers", text)
-        if not spill or not used:
+        if not stack or not used:
             sys.exit(f"{source.name} for sm_{arch}: nvcc says nothing of {name}:\n{text}")
-        kernels[name] = {
-            "registers": int(used[1]),
-            "stack": int(spill[1]),
-            "spill": int(spill[2]) + int(spill[3]),
-        }
-    for section in re.split(r"^\.section|^\t\.section", code, flags=re.M):
+        spill = int(stack[2]) + int(stack[3])
+        kernels[name] = {"registers": int(used[1]), "stack": int(stack[1]), "spill": spill}
+    for section in re.split(r"^\s*\.section\s", code, flags=re.M):
         title = re.match(r"\s*\.text\.(\w+)", section)
         if title and title[1] in kernels:
             opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", section)
@@ -100,9 +100,7 @@ def compile_one(nvcc: str, nvdisasm: str, source: pathlib.Path, arch: str) -> di
 
 def demangle(names: list[str]) -> dict[str, str]:
     """Readable names without the argument list."""
-    text = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
-    ).stdout
+    text = run(["c++filt"], input="\n".join(names)).stdout
     out = {}
     for name, full in zip(names, text.splitlines(), strict=True):
         full = re.sub(r"^void ", "", full)
@@ -164,9 +162,7 @@ def main() -> int:
             }
     errors += [f"{name}: stated, but no such kernel was compiled" for name in known.keys() - seen]
 
-    print(
-        f"{'kernel':72} registers by architecture; stated; matrix instructions; global loads and copies by bits"
-    )
+    print(f"{'kernel':72} registers by architecture; stated; matrix instructions; loads and copies by bits")
     for title, archs in sorted(rows.items()):
         last = archs[next(reversed(archs))]
         base = re.split(r"[<(]", title)[0].split("::")[-1]
@@ -178,9 +174,7 @@ def main() -> int:
         print(f"{title[:72]:72} {registers}; {stated}; {tensor} of {last['instructions']}; {loads}")
     for error in errors:
         print(f"error: {error}")
-    version = re.search(
-        r"release \S+, (\S+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    )
+    version = re.search(r"release \S+, (\S+)", run([nvcc, "--version"]).stdout)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     report = {"nvcc": version[1] if version else "", "kernels": rows}
     args.json.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
