@@ -75,7 +75,7 @@ def compile_one(nvcc: str, nvdisasm: str, source: pathlib.Path, arch: str) -> di
         if not spill or not used:
             sys.exit(f"{source.name} for sm_{arch}: nvcc says nothing of {name}:\n{text}")
         kernels[name] = {"registers": int(used[1]), "stack": int(spill[1]), "spill": int(spill[2]) + int(spill[3])}
-    for section in re.split(r"^\.section|^\t\.section", code, flags=re.M):
+    for section in re.split(r"^\s*\.section\s", code, flags=re.M):
         title = re.match(r"\s*\.text\.(\w+)", section)
         if title and title[1] in kernels:
             opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", section)
