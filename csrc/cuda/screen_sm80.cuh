@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(THREADS, 2)
     shared.keys[tid] = next_terms;
     next_terms = terms_of(first + TILE + tid);
     reduction.start_tile(first, end);
-    shared.limits[tid] =
-        has_query && reduction.active() ? inner_limit(reduction.threshold(), query, next_tile, p.space) : CUDART_INF_F;
+    shared.limits[tid] = has_query && reduction.active() ? inner_limit(reduction.threshold(), query, next_tile, p.space)
+                                                         : CUDART_NAN_F;  // which nothing reaches, not even infinity
     next_tile = tile_of(first + TILE);
     float acc[4][8][4];
 #pragma unroll
