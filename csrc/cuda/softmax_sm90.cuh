@@ -1,3 +1,31 @@
+// Hopper kernels (sm_90a) of the softmax engine: wgmma reads tiles that the tensor copy engine fetched, mbarriers pass
+// them on. Three warpgroups: one producer (24 registers a thread; warp 0 streams tiles, warps 1 to 3 what a column
+// brings besides its vector: label, bias, log-sum-exp, gradients), two consumers (240). Blocks form clusters of two
+// that stream the same columns, each fetching half for both.
+//
+//   two_products             O[128, D] += f(S) Y, S = X Y^T of a streamed tile Y, which is loaded once and used by both
+//                            products (K = V). f(S) never leaves registers. A consumer has 64 rows; it issues S of the
+//                            next tile and O of this one, then computes f while they run and the other consumer issues
+//                            its own.
+//     LogSumExp              X = queries, Y = keys: log-sum-exp over negatives and mean key (the query gradient)
+//     KeyCoefficients        X = keys, Y = queries: the key gradient, from known log-sum-exps: no maximum, no rescaling
+//   two_products_in_halves   the same for 512 columns, where 64 rows of O fill the registers of both consumers
+//   one_product              statistics alone
+//
+// Operations are 2 B N D a product; read twice: nothing within a walk (a second block of rows streams the columns
+// again, from L2). Floor: operations / 790 TF/s, the matrix rate measured on an H200; bench/LADDER.md has floors and
+// predictions.
+//
+//   kernel                        rows x columns  stages                   shared memory (forward / key gradient)
+//   two_products D = 64           128 x 192       4 of 24 KiB              127,648 / 130,720 bytes
+//                D = 128          128 x 160       4 of 40 KiB              208,800 / 210,336
+//                D = 256          128 x 80        3 of 40 KiB              198,672 / 196,368
+//   two_products_in_halves        64 x 128        4 quarters of 32 KiB     223,360 / 220,288
+//   one_product  D = 64           256 x 128       8 of 16 KiB              167,128
+//                D = 128          256 x 128       8 of 16 KiB              199,896
+//                D = 256          256 x 128       6 of 16 KiB              231,068
+//                D = 512          128 x 192       4 of 24 KiB              231,804
+// Dimensions in between run as the next larger one: the copy engine fills up with zeros.
 #pragma once
 #include "key_grad_sm90.cuh"
 
@@ -37,7 +65,7 @@ struct Two {
   static constexpr int kRows = 128,
                        kColumns = D == 64    ? 192
                                   : D == 128 ? 160
-                                             : 96,
+                                             : 80,
                        kStages = D == 256 ? 3 : 4, kSlots = 2;
   static constexpr int kPanels = D / kPanel, kTile = kColumns * D;
   template <class Work>
@@ -142,6 +170,7 @@ __device__ __forceinline__ void release(uint64_t* empty, int cluster) {
   if (cluster > 1) mbar_free_remote(empty, 1 - cluster_rank());
 }
 
+// report: two_products 168 registers; HGMMA.*, UTMALDG.2D*, USETMAXREG*, !HMMA*, !LDL*, !STL*
 template <class T, int D, class Work>
 __global__ void __launch_bounds__(kThreads, 1)
     two_products(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Work work, Walk walk) {
@@ -271,6 +300,7 @@ struct Halves {
   __device__ static int quarter(int owner, int half) { return owner == half ? owner : 2 + half; }
 };
 
+// report: two_products_in_halves 168 registers; HGMMA.*, UTMALDG.2D*, USETMAXREG*, !HMMA*, !LDL*, !STL*
 template <class T, class Work>
 __global__ void __launch_bounds__(kThreads, 1)
     two_products_in_halves(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Work work,
@@ -415,6 +445,7 @@ struct One {
   };
 };
 
+// report: one_product 168 registers; HGMMA.*, UTMALDG.2D*, USETMAXREG*, !HMMA*, !LDL*, !STL*
 template <class T, int D, class Work>
 __global__ void __launch_bounds__(kThreads, 1)
     one_product(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Work work, Walk walk) {
