@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
     for (int64_t d = lane * 4; d < D; d += 128) {
       float4 mean = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (int s = 0; s < splits; ++s) {
-        const float weight = sum == 0.0f ? 0.0f : exp2f(parts.ref[s * sums * B + row] - top) / sum;
+        const float weight = sum == 0.0f ? 0.0f : __fdividef(exp2f(parts.ref[s * sums * B + row] - top), sum);
         const float* from = s ? parts.other_means + (s - 1) * B * D : parts.mean;
         const float4 part = *reinterpret_cast<const float4*>(from + row * D + d);
         mean.x += weight * part.x;
