@@ -70,14 +70,13 @@ std::string unusable(int device) {
 }
 
 size_t softmax_stats_scratch(const SoftmaxProblem& problem, bool want_mean, const Launch& launch) {
-  if (hopper(launch) && sm90::covers_stats(problem, want_mean))
-    return sm90::softmax_stats_scratch(problem, want_mean, launch);
+  if (hopper(launch) && sm90::covers_stats(problem)) return sm90::softmax_stats_scratch(problem, want_mean, launch);
   return sm80::softmax_stats_scratch(problem, want_mean, launch);
 }
 
 void softmax_stats(const SoftmaxProblem& problem, const SoftmaxStats& out, const Launch& launch) {
   const Current device(launch);
-  if (hopper(launch) && sm90::covers_stats(problem, out.mean)) return sm90::softmax_stats(problem, out, launch);
+  if (hopper(launch) && sm90::covers_stats(problem)) return sm90::softmax_stats(problem, out, launch);
   sm80::softmax_stats(problem, out, launch);
 }
 

@@ -8,6 +8,7 @@ namespace fastcompat::cuda::sm90 {
 constexpr int kFinishWarps = 8;
 
 // One warp per query. Every split has so many sums, relative to the same ref.
+// report: finish_stats 64 registers; LDG.*128*
 template <class T>
 __global__ void __launch_bounds__(32 * kFinishWarps)
     finish_stats(SoftmaxProblem p, Pairs pairs, LogSumExp<T, 0> parts, SoftmaxStats out, int splits, int sums) {
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
     for (int64_t d = lane * 4; d < D; d += 128) {
       float4 mean = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (int s = 0; s < splits; ++s) {
-        const float weight = sum == 0.0f ? 0.0f : exp2f(parts.ref[s * sums * B + row] - top) / sum;
+        const float weight = sum == 0.0f ? 0.0f : __fdividef(exp2f(parts.ref[s * sums * B + row] - top), sum);
         const float* from = s ? parts.other_means + (s - 1) * B * D : parts.mean;
         const float4 part = *reinterpret_cast<const float4*>(from + row * D + d);
         mean.x += weight * part.x;
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
 }
 
 // Sums of the splits' parts, four elements a thread.
+// report: finish_key_grad 40 registers; LDG.*128*
 template <class T>
 __global__ void __launch_bounds__(256) finish_key_grad(const float* parts, T* dkeys, int64_t quads, int splits) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
@@ -87,6 +89,7 @@ __global__ void __launch_bounds__(256) finish_key_grad(const float* parts, T* dk
   out[0] = pack<T>(sum.x, sum.y);
   out[1] = pack<T>(sum.z, sum.w);
 }
+// report: finish_bias_grad 32 registers
 __global__ void __launch_bounds__(256) finish_bias_grad(const float* parts, float* dbias, int64_t keys, int splits) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (j >= keys) return;
@@ -96,6 +99,7 @@ __global__ void __launch_bounds__(256) finish_bias_grad(const float* parts, floa
 }
 
 // power: 2^(14 - e) for the largest coefficient bound in [2^e, 2^(e+1)): every fp16 coefficient stays below 2^15.
+// report: coefficient_power 32 registers
 __global__ void __launch_bounds__(1024) coefficient_power(SoftmaxGrads grads, int64_t queries, float* power) {
   DYN_SMEM(smem);
   float* of_warp = reinterpret_cast<float*>(smem);

@@ -30,6 +30,7 @@ struct KeyCoefficients {
   };
   struct Rows {
     int row;
+    uint32_t label[2];  // the lower half
     float scale;
   };
 
@@ -60,6 +61,10 @@ struct KeyCoefficients {
     Rows r;
     r.row = row;
     r.scale = pairs.full_scale() * kLog2E;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      r.label[h] =
+          pairs.key_labels && row + 8 * h < pairs.keys ? static_cast<uint32_t>(pairs.key_labels[row + 8 * h]) : 0;
     return r;
   }
 
@@ -73,7 +78,12 @@ struct KeyCoefficients {
   __device__ __forceinline__ void exponentials(float (&s)[R], const Rows& r, float, Seen& seen, const Column* columns,
                                                const int* flags) const {
     const int t2 = threadIdx.x % 4 * 2;
-    if (pairs.query_labels || pairs.bias || (flags[0] | flags[1] | flags[2])) {
+    bool slow = pairs.bias || (flags[0] | flags[1] | flags[2]);
+    if (pairs.query_labels) {
+#pragma unroll
+      for (int i = 0; i < R; ++i) slow |= columns[i / 4 * 8 + t2 + (i & 1)].label[0] == r.label[i / 2 & 1];
+    }
+    if (__any_sync(kAllLanes, slow)) {
       select(s, r, columns + t2);
     } else {
 #pragma unroll

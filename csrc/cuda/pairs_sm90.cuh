@@ -178,7 +178,16 @@ struct LogSumExp {
   template <int R>
   __device__ __forceinline__ float logits(float (&s)[R], const Rows& r, Positives& positives, int first,
                                           const Column* columns, float (&reached)[2]) const {
-    bool slow = first + 2 * R > pairs.keys || columns_wanted() || r.scale < 0.0f;
+    bool slow = first + 2 * R > pairs.keys || pairs.bias || r.scale < 0.0f;
+    if (pairs.query_labels) {  // the lower halves tell most tiles without a match
+      uint32_t label[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        label[h] = static_cast<uint32_t>(r.row + 8 * h < pairs.queries ? pairs.query_labels[r.row + 8 * h] : 0);
+#pragma unroll
+      for (int i = 0; i < R; ++i)
+        slow |= columns[i / 4 * 8 + (i & 1) + threadIdx.x % 4 * 2].label[0] == label[i / 2 & 1];
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       slow |=
