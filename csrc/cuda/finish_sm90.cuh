@@ -7,10 +7,11 @@ namespace fastcompat::cuda::sm90 {
 
 constexpr int kFinishWarps = 8;
 
-// One warp per query.
+// One warp per query. Every split has so many sums, relative to the same ref.
+// report: finish_stats 64 registers; LDG.*128*
 template <class T>
 __global__ void __launch_bounds__(32 * kFinishWarps)
-    finish_stats(SoftmaxProblem p, Pairs pairs, LogSumExp<T, 0> parts, SoftmaxStats out, int splits) {
+    finish_stats(SoftmaxProblem p, Pairs pairs, LogSumExp<T, 0> parts, SoftmaxStats out, int splits, int sums) {
   const int64_t B = pairs.queries, D = p.query.dim;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kFinishWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -18,15 +19,15 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
   const bool bad = pairs.bad_index(pairs.positive, row) || pairs.bad_index(pairs.exclude, row);
 
   float top = kLowest, sum = 0.0f;
-  for (int s = 0; s < splits; ++s) top = fmaxf(top, parts.ref[s * B + row]);
-  for (int s = 0; s < splits; ++s) sum += parts.sum[s * B + row] * exp2f(parts.ref[s * B + row] - top);
+  for (int s = 0; s < splits * sums; ++s) top = fmaxf(top, parts.ref[s * B + row]);
+  for (int s = 0; s < splits * sums; ++s) sum += parts.sum[s * B + row] * exp2f(parts.ref[s * B + row] - top);
   if (bad) sum = CUDART_NAN_F;
   if (lane == 0) out.neg_lse[row] = (top + log2f(sum)) * kLn2;
   if (out.mean)
     for (int64_t d = lane * 4; d < D; d += 128) {
       float4 mean = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (int s = 0; s < splits; ++s) {
-        const float weight = sum == 0.0f ? 0.0f : exp2f(parts.ref[s * B + row] - top) / sum;
+        const float weight = sum == 0.0f ? 0.0f : __fdividef(exp2f(parts.ref[s * sums * B + row] - top), sum);
         const float* from = s ? parts.other_means + (s - 1) * B * D : parts.mean;
         const float4 part = *reinterpret_cast<const float4*>(from + row * D + d);
         mean.x += weight * part.x;
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
     if (bad) lse = total = CUDART_NAN_F;
   } else if (parts.pos_count) {
     float best = kLowest, exps = 0.0f;
-    for (int s = 0; s < splits; ++s) best = fmaxf(best, parts.pos_ref[s * B + row]);
-    for (int s = 0; s < splits; ++s) {
+    for (int s = 0; s < splits * sums; ++s) best = fmaxf(best, parts.pos_ref[s * B + row]);
+    for (int s = 0; s < splits * sums; ++s) {
       exps += parts.pos_sum[s * B + row] * exp2f(parts.pos_ref[s * B + row] - best);
       total += parts.pos_total[s * B + row];
       count += parts.pos_count[s * B + row];
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
 }
 
 // Sums of the splits' parts, four elements a thread.
+// report: finish_key_grad 40 registers; LDG.*128*
 template <class T>
 __global__ void __launch_bounds__(256) finish_key_grad(const float* parts, T* dkeys, int64_t quads, int splits) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
@@ -87,8 +89,8 @@ __global__ void __launch_bounds__(256) finish_key_grad(const float* parts, T* dk
   out[0] = pack<T>(sum.x, sum.y);
   out[1] = pack<T>(sum.z, sum.w);
 }
-inline __global__ void __launch_bounds__(256)
-    finish_bias_grad(const float* parts, float* dbias, int64_t keys, int splits) {
+// report: finish_bias_grad 32 registers
+__global__ void __launch_bounds__(256) finish_bias_grad(const float* parts, float* dbias, int64_t keys, int splits) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (j >= keys) return;
   float sum = 0.0f;
@@ -97,7 +99,8 @@ inline __global__ void __launch_bounds__(256)
 }
 
 // power: 2^(14 - e) for the largest coefficient bound in [2^e, 2^(e+1)): every fp16 coefficient stays below 2^15.
-inline __global__ void __launch_bounds__(1024) coefficient_power(SoftmaxGrads grads, int64_t queries, float* power) {
+// report: coefficient_power 32 registers
+__global__ void __launch_bounds__(1024) coefficient_power(SoftmaxGrads grads, int64_t queries, float* power) {
   DYN_SMEM(smem);
   float* of_warp = reinterpret_cast<float*>(smem);
   float top = 0.0f;

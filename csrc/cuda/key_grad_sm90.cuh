@@ -17,7 +17,7 @@ struct KeyCoefficients {
   const float* power;  // fp16: what coefficients are multiplied by, a power of two that brings the largest to 2^14
   T* dkeys;            // [N, D], or null with several splits
   float* parts;        // [splits, N, D] then
-  float* dbias;        // [N] or null; [splits, N] with several splits
+  float* dbias;        // [N] or null; [parts, N] with several parts
 
   struct Column {
     float neg_lse, g_neg, pos_lse, g_pos, g_sum;
@@ -25,32 +25,36 @@ struct KeyCoefficients {
     uint32_t label[2];
   };
   struct Seen {
-    __device__ void clear() {}
+    float sum[2];  // of the coefficients of the thread's rows
+    __device__ void clear() { sum[0] = sum[1] = 0.0f; }
   };
   struct Rows {
     int row;
-    float scale, sum[2];
+    uint32_t label[2];  // the lower half
+    float scale;
   };
 
   __device__ bool columns_wanted() const { return true; }
-  __device__ bool fill(Column& c, int64_t query, int row0, int rows) const {
-    c = {CUDART_INF_F, 0.0f, CUDART_INF_F, 0.0f, 0.0f, -1, -1, {~0u, ~0u}};
-    if (query >= pairs.queries) return false;
+  __device__ bool fill(Column& c, int query, int row0, int rows) const {
+    const bool in = query < pairs.queries;
     const float power = kHalf ? *this->power : 1.0f;
-    set(c.neg_lse, c.g_neg, grads.neg_lse, grads.g_neg, query, power);
-    set(c.pos_lse, c.g_pos, grads.pos_lse, grads.g_pos, query, power);
-    if (grads.g_sum && grads.pos_lse[query] != -CUDART_INF_F) c.g_sum = grads.g_sum[query] * power;
+    // An empty set has gradient 0 whatever arrives.
+    float lse = in && grads.g_neg ? grads.neg_lse[query] : -CUDART_INF_F;
+    bool empty = lse == -CUDART_INF_F;
+    c.neg_lse = empty ? CUDART_INF_F : lse * kLog2E;
+    c.g_neg = empty ? 0.0f : grads.g_neg[query] * power;
+    lse = in && (grads.g_pos || grads.g_sum) ? grads.pos_lse[query] : -CUDART_INF_F;
+    empty = lse == -CUDART_INF_F;
+    c.pos_lse = empty || !grads.g_pos ? CUDART_INF_F : lse * kLog2E;
+    c.g_pos = empty || !grads.g_pos ? 0.0f : grads.g_pos[query] * power;
+    c.g_sum = empty || !grads.g_sum ? 0.0f : grads.g_sum[query] * power;
+    const int64_t label = in && pairs.query_labels ? pairs.query_labels[query] : -1;
+    c.label[0] = static_cast<uint32_t>(label);
+    c.label[1] = static_cast<uint32_t>(label >> 32);
     c.positive = pairs.index(pairs.positive, query);
     c.exclude = pairs.index(pairs.exclude, query);
-    if (pairs.query_labels) memcpy(c.label, pairs.query_labels + query, 8);
-    auto here = [&](int key) { return key >= row0 && key < row0 + rows; };
-    return here(c.positive) || here(c.exclude);
-  }
-  // An empty set has gradient 0 whatever arrives.
-  __device__ static void set(float& lse, float& g, const float* lses, const float* gs, int64_t query, float power) {
-    if (!gs || lses[query] == -CUDART_INF_F) return;
-    lse = lses[query] * kLog2E;
-    g = gs[query] * power;
+    return static_cast<unsigned>(c.positive - row0) < static_cast<unsigned>(rows) ||
+           static_cast<unsigned>(c.exclude - row0) < static_cast<unsigned>(rows);
   }
 
   __device__ Rows begin(int row) const {
@@ -58,16 +62,28 @@ struct KeyCoefficients {
     r.row = row;
     r.scale = pairs.full_scale() * kLog2E;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) r.sum[h] = 0.0f;
+    for (int h = 0; h < 2; ++h)
+      r.label[h] =
+          pairs.key_labels && row + 8 * h < pairs.keys ? static_cast<uint32_t>(pairs.key_labels[row + 8 * h]) : 0;
     return r;
   }
 
   // s: products in, coefficients out. flags: whether a positive or excluded key of the columns lies in this block.
   template <int R>
-  __device__ __forceinline__ void tile(float (&s)[R], Rows& r, Seen&, int /*first*/, const Column* columns,
+  __device__ __forceinline__ void tile(float (&s)[R], Rows& r, Seen& seen, int /*first*/, const Column* columns,
                                        const int* flags) const {
+    exponentials(s, r, 1.0f, seen, columns, flags);
+  }
+  template <int R>
+  __device__ __forceinline__ void exponentials(float (&s)[R], const Rows& r, float, Seen& seen, const Column* columns,
+                                               const int* flags) const {
     const int t2 = threadIdx.x % 4 * 2;
-    if (pairs.query_labels || pairs.bias || (flags[0] | flags[1] | flags[2])) {
+    bool slow = pairs.bias || (flags[0] | flags[1] | flags[2]);
+    if (pairs.query_labels) {
+#pragma unroll
+      for (int i = 0; i < R; ++i) slow |= columns[i / 4 * 8 + t2 + (i & 1)].label[0] == r.label[i / 2 & 1];
+    }
+    if (__any_sync(kAllLanes, slow)) {
       select(s, r, columns + t2);
     } else {
 #pragma unroll
@@ -84,8 +100,11 @@ struct KeyCoefficients {
         }
     }
     if (dbias) {
+      float sum[2] = {};
 #pragma unroll
-      for (int i = 0; i < R; ++i) r.sum[i / 2 & 1] += s[i];
+      for (int i = 0; i < R; ++i) sum[i / 2 & 1] += s[i];
+      seen.sum[0] += sum[0];
+      seen.sum[1] += sum[1];
     }
   }
 
@@ -132,28 +151,37 @@ struct KeyCoefficients {
       if (columns[i / 4 * 8 + (i & 1)].exclude == r.row + (i & 2) * 4 || (same(i) && !positive(i))) s[i] = 0.0f;
   }
 
+  // In three steps, as LogSumExp has them; there is no maximum to agree on.
+  template <int R>
+  __device__ __forceinline__ float logits(float (&)[R], const Rows&, Seen&, int, const Column*,
+                                          float (&reached)[2]) const {
+    reached[0] = reached[1] = 0.0f;
+    return 1.0f;
+  }
+  __device__ __forceinline__ void raise(Rows&, const float (&)[2]) const {}
+
   template <int R>
   __device__ __forceinline__ void correct(float (&)[R], const Rows&) const {}
 
-  __device__ void finish(const Rows& r, const Seen&, int split) const {
+  __device__ void finish(const Rows& r, const Seen& seen, int part) const {
     if (!dbias) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float sum = quad_sum(r.sum[h]);
+      const float sum = quad_sum(seen.sum[h]);
       const int64_t row = r.row + 8 * h;
-      if (threadIdx.x % 4 == 0 && row < pairs.keys) dbias[split * pairs.keys + row] = kHalf ? sum / *power : sum;
+      if (threadIdx.x % 4 == 0 && row < pairs.keys) dbias[part * pairs.keys + row] = kHalf ? sum / *power : sum;
     }
   }
   template <int R>
-  __device__ __forceinline__ void store(const float (&o)[R], const Rows& r, int split) const {
+  __device__ __forceinline__ void store(const float (&o)[R], const Rows& r, int split, int column0 = 0) const {
     const float scale = kHalf ? pairs.full_scale() / *power : pairs.full_scale();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (r.row + 8 * h >= pairs.keys) continue;
-      const int64_t at = static_cast<int64_t>(r.row + 8 * h) * dim + threadIdx.x % 4 * 2;
+      const int64_t at = static_cast<int64_t>(r.row + 8 * h) * dim + column0 + threadIdx.x % 4 * 2;
 #pragma unroll
       for (int j = 0; j < R / 4; ++j) {
-        if (j * 8 >= dim) continue;
+        if (column0 + j * 8 >= dim) continue;
         const float a = o[4 * j + 2 * h] * scale, b = o[4 * j + 2 * h + 1] * scale;
         if (dkeys)
           *reinterpret_cast<uint32_t*>(dkeys + at + j * 8) = pack<T>(a, b);

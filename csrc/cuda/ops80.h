@@ -43,7 +43,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row CA
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] CALLER) {
 #if CUDA_ON_CPU
-  emu::mma_m16n8k16<T>(d, a, b, caller);
+  emu::mma_m16n8k16(emu::half_type<T>, d, a, b, caller);
 #else
   if constexpr (std::is_same_v<T, bf16>)
     asm volatile(

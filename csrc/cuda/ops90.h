@@ -312,7 +312,8 @@ __device__ __forceinline__ void hold(float (&d)[R]) {
 #define WGMMA_R40 WGMMA_R32, WGMMA_R8(32)
 #define WGMMA_R48 WGMMA_R40, WGMMA_R8(40)
 #define WGMMA_R64 WGMMA_R48, WGMMA_R8(48), WGMMA_R8(56)
-#define WGMMA_R88 WGMMA_R64, WGMMA_R8(64), WGMMA_R8(72), WGMMA_R8(80)
+#define WGMMA_R80 WGMMA_R64, WGMMA_R8(64), WGMMA_R8(72)
+#define WGMMA_R88 WGMMA_R80, WGMMA_R8(80)
 #define WGMMA_R96 WGMMA_R88, WGMMA_R8(88)
 #define WGMMA_R128 WGMMA_R96, WGMMA_R8(96), WGMMA_R8(104), WGMMA_R8(112), WGMMA_R8(120)
 #define WGMMA_P32                                                                                                      \
@@ -321,8 +322,8 @@ __device__ __forceinline__ void hold(float (&d)[R]) {
 #define WGMMA_P40 WGMMA_P32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define WGMMA_P48 WGMMA_P40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define WGMMA_P64 WGMMA_P48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define WGMMA_P88 \
-  WGMMA_P64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87"
+#define WGMMA_P80 WGMMA_P64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define WGMMA_P88 WGMMA_P80 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define WGMMA_P96 WGMMA_P88 ",%88,%89,%90,%91,%92,%93,%94,%95"
 #define WGMMA_P128                                                                                                    \
   WGMMA_P96                                                                                                           \
@@ -363,6 +364,7 @@ WGMMA_SHAPE(64, 32, 32, 33, 34, 35, 36, 37, 38)
 WGMMA_SHAPE(80, 40, 40, 41, 42, 43, 44, 45, 46)
 WGMMA_SHAPE(96, 48, 48, 49, 50, 51, 52, 53, 54)
 WGMMA_SHAPE(128, 64, 64, 65, 66, 67, 68, 69, 70)
+WGMMA_SHAPE(160, 80, 80, 81, 82, 83, 84, 85, 86)
 WGMMA_SHAPE(176, 88, 88, 89, 90, 91, 92, 93, 94)
 WGMMA_SHAPE(192, 96, 96, 97, 98, 99, 100, 101, 102)
 WGMMA_SHAPE(256, 128, 128, 129, 130, 131, 132, 133, 134)
@@ -371,7 +373,9 @@ WGMMA_SHAPE(256, 128, 128, 129, 130, 131, 132, 133, 134)
 // d[R] holds N = 2R columns: d[4j + 2h + i] is row 16 * warp + lane / 4 + 8h, column 8j + lane % 4 * 2 + i. A register
 // of a[4] holds what mma_m16n8k16's does. _t: B is MN-major. accumulate = false starts from zero.
 #if CUDA_ON_CPU
-#define WGMMA(kind, transposed) emu::wgmma<T>(d, emu::operand(a), b, accumulate, transposed, caller)
+#define WGMMA(kind, transposed)                                                \
+  static_assert(R % 4 == 0 && R <= 128, "columns: a multiple of 8 up to 256"); \
+  emu::wgmma(emu::half_type<T>, d, 2 * R, emu::operand(a), b, accumulate, transposed, caller)
 #else
 #define WGMMA(kind, transposed) Wgmma<R>::template kind<T, transposed>(d, a, b, accumulate)
 #endif

@@ -118,10 +118,10 @@ struct LogSumExp {
 
   Pairs pairs;
   int64_t dim = 0;
-  float *ref = nullptr, *sum = nullptr;           // [splits, B]
+  float *ref = nullptr, *sum = nullptr;           // [parts, B]
   float *mean = nullptr, *other_means = nullptr;  // [B, D] of split 0, [splits - 1, B, D] of the others, times sum
-  float *pos_ref = nullptr, *pos_sum = nullptr, *pos_total = nullptr;  // [splits, B] when positives are given by label
-  int* pos_count = nullptr;                                            // [splits, B], null otherwise
+  float *pos_ref = nullptr, *pos_sum = nullptr, *pos_total = nullptr;  // [parts, B] when positives are given by label
+  int* pos_count = nullptr;                                            // [parts, B], null otherwise
 
   struct Column {
     uint32_t label[2];
@@ -138,7 +138,7 @@ struct LogSumExp {
 
   __device__ bool columns_wanted() const { return pairs.query_labels || pairs.bias; }
   // Returns whether the column needs the slow path in this block's rows.
-  __device__ bool fill(Column& column, int64_t key, int /*row0*/, int /*rows*/) const {
+  __device__ bool fill(Column& column, int key, int /*row0*/, int /*rows*/) const {
     const bool in = key < pairs.keys;
     const int64_t label = in && pairs.key_labels ? pairs.key_labels[key] : -1;
     column.label[0] = static_cast<uint32_t>(label);
@@ -168,7 +168,26 @@ struct LogSumExp {
   template <int R>
   __device__ __forceinline__ void tile(float (&s)[R], Rows& r, Positives& positives, int first, const Column* columns,
                                        const int*) const {
-    bool slow = first + 2 * R > pairs.keys || columns_wanted() || r.scale < 0.0f;
+    float reached[2];
+    const float scale = logits(s, r, positives, first, columns, reached);
+    raise(r, reached);
+    exponentials(s, r, scale, positives, columns, nullptr);
+  }
+
+  // The three steps of a tile. logits times the scale that it returns, and where each row's largest wants ref to be.
+  template <int R>
+  __device__ __forceinline__ float logits(float (&s)[R], const Rows& r, Positives& positives, int first,
+                                          const Column* columns, float (&reached)[2]) const {
+    bool slow = first + 2 * R > pairs.keys || pairs.bias || r.scale < 0.0f;
+    if (pairs.query_labels) {  // the lower halves tell most tiles without a match
+      uint32_t label[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        label[h] = static_cast<uint32_t>(r.row + 8 * h < pairs.queries ? pairs.query_labels[r.row + 8 * h] : 0);
+#pragma unroll
+      for (int i = 0; i < R; ++i)
+        slow |= columns[i / 4 * 8 + (i & 1) + threadIdx.x % 4 * 2].label[0] == label[i / 2 & 1];
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       slow |=
@@ -176,23 +195,27 @@ struct LogSumExp {
     slow = __any_sync(kAllLanes, slow);
     if (slow) select(s, r, positives, first, columns);
     const float scale = slow ? 1.0f : r.scale;
-
     float top[2][2] = {{s[0], s[2]}, {s[0], s[2]}};
 #pragma unroll
     for (int i = 0; i < R; ++i) top[i / 4 & 1][i / 2 & 1] = fmaxf(top[i / 4 & 1][i / 2 & 1], s[i]);
-    float reached[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) reached[h] = quad_max(fmaxf(top[0][h], top[1][h])) * scale - kHead;
+    return scale;
+  }
+  __device__ __forceinline__ void raise(Rows& r, const float (&reached)[2]) const {
     r.rescaled = __any_sync(kAllLanes, reached[0] > r.ref[0] + kSlack || reached[1] > r.ref[1] + kSlack);
-    if (r.rescaled) {
+    if (!r.rescaled) return;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float ref = fminf(fmaxf(r.ref[h], reached[h]), kHighest);
-        r.rescale[h] = exp2_unit(r.ref[h] - ref);
-        r.sum[h] *= r.rescale[h];
-        r.ref[h] = ref;
-      }
+    for (int h = 0; h < 2; ++h) {
+      const float ref = fminf(fmaxf(r.ref[h], reached[h]), kHighest);
+      r.rescale[h] = exp2_unit(r.ref[h] - ref);
+      r.sum[h] *= r.rescale[h];
+      r.ref[h] = ref;
     }
+  }
+  template <int R>
+  __device__ __forceinline__ void exponentials(float (&s)[R], Rows& r, float scale, Positives&, const Column*,
+                                               const int*) const {
     float sum[2][2] = {};
 #pragma unroll
     for (int i = 0; i < R; ++i) {
@@ -214,7 +237,7 @@ struct LogSumExp {
 
   // s: products in; logits in units of log 2 out, -inf for pairs that are no negatives.
   template <int R>
-  __device__ __forceinline__ void select(float (&s)[R], Rows& r, Positives& positives, int first,
+  __device__ __forceinline__ void select(float (&s)[R], const Rows& r, Positives& positives, int first,
                                          const Column* columns) const {
     const int t2 = threadIdx.x % 4 * 2;
     const int count = static_cast<int>(pairs.keys - first < 2 * R ? pairs.keys - first : 2 * R) - t2;
@@ -277,12 +300,12 @@ struct LogSumExp {
     }
   }
 
-  // A row's results of one split.
-  __device__ void finish(const Rows& r, const Positives& positives, int split) const {
+  // A row's results of one part of the columns.
+  __device__ void finish(const Rows& r, const Positives& positives, int part) const {
     const bool writes = threadIdx.x % 4 == 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = r.row + 8 * h, at = split * pairs.queries + row;
+      const int64_t row = r.row + 8 * h, at = part * pairs.queries + row;
       const float sum = quad_sum(r.sum[h]);
       if (writes && row < pairs.queries) {
         ref[at] = r.ref[h];
@@ -302,15 +325,16 @@ struct LogSumExp {
     }
   }
   template <int R>
-  __device__ __forceinline__ void store(const float (&o)[R], const Rows& r, int split) const {
+  __device__ __forceinline__ void store(const float (&o)[R], const Rows& r, int split, int column0 = 0) const {
     float* out = split ? other_means + (split - 1) * pairs.queries * dim : mean;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (r.row + 8 * h >= pairs.queries) continue;
-      float* at = out + static_cast<int64_t>(r.row + 8 * h) * dim + threadIdx.x % 4 * 2;
+      float* at = out + static_cast<int64_t>(r.row + 8 * h) * dim + column0 + threadIdx.x % 4 * 2;
 #pragma unroll
       for (int j = 0; j < R / 4; ++j)
-        if (j * 8 < dim) *reinterpret_cast<float2*>(at + j * 8) = make_float2(o[4 * j + 2 * h], o[4 * j + 2 * h + 1]);
+        if (column0 + j * 8 < dim)
+          *reinterpret_cast<float2*>(at + j * 8) = make_float2(o[4 * j + 2 * h], o[4 * j + 2 * h + 1]);
     }
   }
 };

@@ -65,6 +65,7 @@ __device__ __forceinline__ float pack_row(const RowPass& p, int64_t row, uint16_
   return root_above(rest, p.matrix.dim) + (p.terms_kept > 1 ? 0x1p-8f * root_above(second, p.matrix.dim) : 0.0f);
 }
 
+// report: row_kernel 64 registers; LDG.E.128*, STG.E.128*
 template <class T>
 __global__ void __launch_bounds__(32 * ROW_WARPS) row_kernel(const __grid_constant__ RowPass p) {
   DYN_SMEM(smem);
@@ -81,7 +82,6 @@ __global__ void __launch_bounds__(32 * ROW_WARPS) row_kernel(const __grid_consta
     terms.residual = 0;
     if (p.packed) terms.residual = pack_row<T>(p, row, p.packed + (at - p.first) * p.terms_kept * columns, columns);
     terms.norm = root_above(square, p.matrix.dim) + terms.residual;
-    if (!(terms.norm < 0x1p60f)) terms.residual = CUDART_INF_F;
     const KeyBounds b = bounds_of(terms);
     bounds = {fmaxf(bounds.residual, b.residual), fmaxf(bounds.norm, b.norm), fmaxf(bounds.add, b.add),
               fmaxf(bounds.multiply, b.multiply)};

@@ -16,8 +16,8 @@ using code_t = unsigned long long;  // what 64-bit atomics take
 
 struct alignas(16) RowTerms {
   float multiply, add;
-  float norm;      // at least the norm of the row and of what tensor cores see of it
-  float residual;  // at least the norm of what they do not see; infinite where their products could overflow
+  float norm;      // at least that of the row, and of what tensor cores see of it; infinite where float overflows
+  float residual;  // at least the norm of what they do not see
 };
 
 // Of one key, or the largest of a tile.

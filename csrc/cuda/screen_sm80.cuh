@@ -1,9 +1,12 @@
 // Screening: score tiles on tensor cores, of which only pairs that may matter go on, as intervals that hold their exact
-// score. inner_ij = <q_i, k_j> * a_j + b_j is compared with one limit per row and tile; everything else is for
-// survivors. Fused: matrix product, metric, limit. Read twice: queries, once per tile of keys (from L2). A block: 128
-// queries x 128 keys, 4 warps of 64 x 64, 4 stages of 32 columns, one barrier per stage. Registers: 128 of
-// accumulators, under 255 in all; shared memory 78 KiB: two blocks on an SM (sm_80, sm_90), one on sm_86, sm_89 and
-// sm_120. Floor: 2 B N D operations at the rate of mma.sync (about 60 % of Hopper's peak).
+// score. inner_ij = <q_i, k_j> * a_j + b_j is compared with one limit per row and tile; all else is for survivors.
+// Fused: matrix product, metric, limit. Read twice: queries, once per tile of keys (from L2).
+//
+// A block: 128 queries x 128 keys, 4 warps of 64 x 64, 4 stages of 32 columns. Between two barriers a warp issues 64
+// matrix instructions, 16 loads of fragments and about 80 others.
+//
+// 128 registers of accumulators, 228 to 254 in all; 78.5 KiB of shared memory: two blocks on an SM of sm_80 and sm_90,
+// one on sm_86, sm_89 and sm_120. Floor: 2 B N D operations at the rate of mma.sync (about 60 % of Hopper's peak).
 #pragma once
 #include "row_terms.cuh"
 
@@ -15,8 +18,9 @@ constexpr int STASHED = 16;  // scores of a thread in one row of its tile
 // Rows as tensor cores read them: 16-bit elements, rows 16-byte aligned.
 struct Operand {
   const uint16_t* data;
-  int64_t stride, columns;  // elements; columns past the last read as zeros
-  const int64_t* rows;      // by position, or null: row = position - first
+  int64_t stride;       // elements
+  int columns;          // past the last one it reads as zeros
+  const int64_t* rows;  // by position, or null: row = position - first
   int64_t first;
 
   __device__ const uint16_t* row(int64_t position) const {
@@ -32,6 +36,8 @@ struct Screen {
   int64_t first_query, end_query;
   int64_t begin, end, per_split;  // positions; per_split is a multiple of TILE
   int query_blocks;
+
+  __host__ __device__ int terms() const { return two_terms ? 3 : 1; }
 };
 
 struct Shared {
@@ -53,96 +59,86 @@ struct Shared {
   }
 };
 
-// Streams pieces of the block's queries and of one tile of keys after the other into the stages.
+// Rows of 64 bytes; 16-byte groups are swizzled so that 8 neighbouring rows fill the 32 banks.
+__device__ __forceinline__ int tile_offset(int row, int group) {
+  return row * PIECE * 2 + (group ^ (row / 2 & 3)) * 16;
+}
+
+// Streams pieces of the block's queries and of one tile of keys after the other into the stages. A thread copies the
+// same 16 bytes of four query rows and four keys, 32 rows apart. Past the last row it copies that row again, unread.
 struct Stream {
   const Screen& p;
-  unsigned char* stages;
-  int64_t first_query, position, end;  // position: first of the tile being fetched
-  int step, steps;                     // of that tile
-  int stage;
-  const uint16_t* key_rows[4];
-  const int tid = threadIdx.x;
+  unsigned char* const to;  // of this thread, in the first stage
+  const uint16_t *queries[4], *keys[4];
+  int query_column, key_column, piece = 0, term = 0, stage = 0;
+  int64_t position;  // first of the tile being fetched
+  const int64_t end;
 
   __device__ Stream(const Screen& p, unsigned char* stages, int64_t first_query, int64_t begin, int64_t end)
-      : p(p),
-        stages(stages),
-        first_query(first_query),
-        position(begin),
-        end(end),
-        step(0),
-        steps(p.two_terms ? 3 * p.pieces : p.pieces),
-        stage(0) {
-    find_keys();
+      : p(p), to(stages + tile_offset(threadIdx.x / 4, threadIdx.x % 4)), position(begin), end(end) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) queries[i] = p.query.row(min(first_query + threadIdx.x / 4 + i * 32, p.end_query - 1));
+    if (position < end) find_keys();
+    start_term();
   }
-
-  // Rows of 64 bytes; 16-byte groups are swizzled so that 8 neighbouring rows fill the 32 banks.
-  static __device__ int offset(int row, int group) { return row * PIECE * 2 + (group ^ (row / 2 & 3)) * 16; }
 
   __device__ void find_keys() {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t at = position + tid / 4 + i * 32;
-      key_rows[i] = at < end ? p.keys.row(at) : nullptr;
-    }
+    for (int i = 0; i < 4; ++i) keys[i] = p.keys.row(min(position + threadIdx.x / 4 + i * 32, end - 1));
+  }
+  __device__ void start_term() {
+    const int low = p.two_terms ? p.pieces * PIECE : 0;
+    query_column = threadIdx.x % 4 * 8 + (term == 0 ? low : 0);
+    key_column = threadIdx.x % 4 * 8 + (term == 1 ? low : 0);
   }
 
-  // One piece of the next step; always one group of copies.
-  __device__ void fetch() {
+  // Starts the next piece; always one group of copies.
+  __device__ __forceinline__ void fetch() {
     if (position < end) {
-      const int term = p.two_terms ? step / p.pieces : 2;
-      const int64_t column = (step - (p.two_terms ? term * p.pieces : 0)) * PIECE + tid % 4 * 8;
-      const int64_t low_terms = p.two_terms ? static_cast<int64_t>(p.pieces) * PIECE : 0;
-      const int64_t query_column = column + (term == 0 ? low_terms : 0),
-                    key_column = column + (term == 1 ? low_terms : 0);
-      const int query_bytes = valid_bytes(p.query.columns - query_column);
-      const int key_bytes = valid_bytes(p.keys.columns - key_column);
-      unsigned char* to = stages + stage * STAGE_BYTES;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = tid / 4 + i * 32;
-        const bool in = first_query + row < p.end_query && query_bytes;
-        cp_async16(to + offset(row, tid % 4), in ? p.query.row(first_query + row) + query_column : p.query.data,
-                   in ? query_bytes : 0);
-      }
-      to += TILE * PIECE * 2;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool in = key_rows[i] && key_bytes;
-        cp_async16(to + offset(tid / 4 + i * 32, tid % 4), in ? key_rows[i] + key_column : p.keys.data,
-                   in ? key_bytes : 0);
-      }
-      if (++step == steps) {
-        step = 0;
-        position += TILE;
-        find_keys();
+      unsigned char* at = to + stage * STAGE_BYTES;
+      const int query_left = p.query.columns - query_column, keys_left = p.keys.columns - key_column;
+      if (query_left >= 8 && keys_left >= 8)
+        copy(at, 16, 16);  // constant sizes take a fifth of the instructions
+      else
+        copy(at, min(max(query_left, 0), 8) * 2, min(max(keys_left, 0), 8) * 2);
+      query_column += PIECE;
+      key_column += PIECE;
+      if (++piece == p.pieces) {
+        piece = 0;
+        if (++term == p.terms()) {
+          term = 0;
+          position += TILE;
+          if (position < end) find_keys();
+        }
+        start_term();
       }
     }
     stage = (stage + 1) % STAGES;
     cp_async_commit();
   }
 
-  static __device__ int valid_bytes(int64_t columns) {
-    return columns >= 8 ? 16 : columns <= 0 ? 0 : static_cast<int>(columns) * 2;
+ private:
+  __device__ __forceinline__ void copy(unsigned char* at, int query_bytes, int key_bytes) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) cp_async16(at + i * 32 * PIECE * 2, queries[i] + query_column, query_bytes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) cp_async16(at + (TILE + i * 32) * PIECE * 2, keys[i] + key_column, key_bytes);
   }
 };
 
-// acc += queries of this warp x keys of this warp over one piece.
+// acc += queries of this warp x keys of this warp over one piece, at these offsets for its first and second 16 columns.
 template <class T>
-__device__ __forceinline__ void multiply_piece(const unsigned char* stage, int rows, int columns,
-                                               float (&acc)[4][8][4]) {
-  const int lane = threadIdx.x % 32;
-  const unsigned char* keys = stage + TILE * PIECE * 2;
+__device__ __forceinline__ void multiply_piece(const unsigned char* stage, const int (&rows)[2],
+                                               const int (&columns)[2], float (&acc)[4][8][4]) {
 #pragma unroll
   for (int step = 0; step < PIECE / 16; ++step) {
     uint32_t a[4][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      ldmatrix_x4<false>(a[i], stage + Stream::offset(rows + i * 16 + lane % 16, step * 2 + lane / 16));
+    for (int i = 0; i < 4; ++i) ldmatrix_x4<false>(a[i], stage + rows[step] + i * 16 * PIECE * 2);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t b[4];
-      ldmatrix_x4<false>(b,
-                         keys + Stream::offset(columns + j * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+      ldmatrix_x4<false>(b, stage + columns[step] + j * 16 * PIECE * 2);
       const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -157,6 +153,7 @@ __device__ __forceinline__ void multiply_piece(const unsigned char* stage, int r
 // thread asks active() and threshold(), what a score must reach, of the row of its number; offer(row, column, position,
 // low, high) hears of one survivor and says whether it wants settle(row, column, position, score), which a whole warp
 // enters.
+// report: screen_kernel 255 registers; HMMA.16816.F32*, LDSM.16.M88.4, LDGSTS.E.BYPASS.128*
 template <class T, class Reduction>
 __global__ void __launch_bounds__(THREADS, 2)
     screen_kernel(const __grid_constant__ Screen p, const __grid_constant__ typename Reduction::Problem problem) {
@@ -174,18 +171,25 @@ __global__ void __launch_bounds__(THREADS, 2)
   Reduction reduction(problem, p, shared, first_query, split);
   const RowTerms past_the_end = {0, -CUDART_INF_F, 0, 0};
   auto terms_of = [&](int64_t at) { return at < end ? p.space.key_terms[at] : past_the_end; };
-  RowTerms next_terms = terms_of(begin + tid);
+  auto tile_of = [&](int64_t at) { return p.space.tiles[min(at, p.end - 1) / TILE]; };
+  RowTerms next_terms = terms_of(begin + tid);  // fetched a tile ahead, as is
+  KeyBounds next_tile = tile_of(begin);
   Stream stream(p, shared.stages, first_query, begin, end);
   for (int s = 0; s < STAGES - 1; ++s) stream.fetch();
 
+  const int rows_at[2] = {tile_offset(warp_rows + lane % 16, lane / 16),
+                          tile_offset(warp_rows + lane % 16, 2 + lane / 16)};
+  const int key_row = TILE + warp_columns + lane % 8 + lane / 16 * 8;
+  const int keys_at[2] = {tile_offset(key_row, lane / 8 % 2), tile_offset(key_row, 2 + lane / 8 % 2)};
+  const int steps = p.pieces * p.terms();
   int stage = 0;
   for (int64_t first = begin; first < end; first += TILE) {
     shared.keys[tid] = next_terms;
     next_terms = terms_of(first + TILE + tid);
     reduction.start_tile(first, end);
-    shared.limits[tid] = has_query && reduction.active()
-                             ? inner_limit(reduction.threshold(), query, p.space.tiles[first / TILE], p.space)
-                             : CUDART_INF_F;
+    shared.limits[tid] = has_query && reduction.active() ? inner_limit(reduction.threshold(), query, next_tile, p.space)
+                                                         : CUDART_NAN_F;  // which nothing reaches, not even infinity
+    next_tile = tile_of(first + TILE);
     float acc[4][8][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -193,11 +197,11 @@ __global__ void __launch_bounds__(THREADS, 2)
       for (int j = 0; j < 8; ++j)
 #pragma unroll
         for (int v = 0; v < 4; ++v) acc[i][j][v] = 0;
-    for (int step = 0; step < stream.steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
       cp_async_wait<STAGES - 2>();
       __syncthreads();
       stream.fetch();
-      multiply_piece<T>(shared.stages + stage * STAGE_BYTES, warp_rows, warp_columns, acc);
+      multiply_piece<T>(shared.stages + stage * STAGE_BYTES, rows_at, keys_at, acc);
       stage = (stage + 1) % STAGES;
     }
 #pragma unroll

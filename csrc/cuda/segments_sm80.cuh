@@ -126,8 +126,9 @@ class SegmentScreen {
   }
   int64_t packed_columns() const { return terms_ * padded_columns(space_.segment.keys.dim); }
   Operand operand(const Matrix& m, const int64_t* rows, const uint16_t* packed, int64_t first) const {
-    if (packed) return {packed, packed_columns(), packed_columns(), nullptr, first};
-    return {static_cast<const uint16_t*>(m.data), m.stride, m.dim, rows, 0};
+    const int columns = static_cast<int>(packed ? packed_columns() : m.dim);
+    if (packed) return {packed, columns, columns, nullptr, first};
+    return {static_cast<const uint16_t*>(m.data), m.stride, columns, rows, 0};
   }
 
   Space space_ = {};

@@ -67,18 +67,23 @@ int terms_of(DType dtype, Precision precision) {
   return precision == Precision::exact ? 3 : precision == Precision::high ? 2 : 1;
 }
 
+// Wide tiles with O need rows to fill them, few columns, and the registers of unsplit operands.
+bool wide_sums(int64_t x_rows, int64_t dim, int terms) {
+  return terms == 1 && x_rows > kFewRows && dim <= Bf16::groups * (kScores / 128);
+}
+
 // How X stays and Y streams: tile, splits, shared memory.
 struct Plan {
-  bool wide;  // tiles of 128 rows of X by 64 of Y, else 64 by 128
+  bool wide;
   int64_t x_tiles, splits, slices;
   Walk walk{};
   size_t smem;
 
-  Plan(int64_t x_rows, int64_t y_rows, int64_t dim, int terms, bool sums, int info_row, int own[2], int device,
-       int64_t most_tiles = int64_t{1} << 30) {
-    const bool split = terms > 1;
-    const int64_t groups = split ? SplitFloat::groups : Bf16::groups;
-    wide = !sums || (!split && x_rows > kFewRows && dim <= groups * (kScores / 128));
+  // Tiles of 128 rows of X by 64 of Y where wide, else 64 by 128.
+  Plan(int64_t x_rows, int64_t y_rows, int64_t dim, int terms, bool sums, bool wide, int info_row, int own[2],
+       int device, int64_t most_tiles = int64_t{1} << 30)
+      : wide(wide) {
+    const int64_t groups = terms > 1 ? SplitFloat::groups : Bf16::groups;
     const int64_t tm = wide ? 128 : 64, tn = kScores / tm;
     const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, device);
     const int64_t y_tiles = ceil_div(y_rows, tn);
@@ -86,7 +91,7 @@ struct Plan {
     slices = sums ? ceil_div(dim, groups * tn) : 1;
     cut(y_tiles, processors, most_tiles);
 
-    walk.dim = dim;
+    walk.dim = static_cast<int>(dim);
     walk.terms = terms;
     walk.sums = sums;
     const int pieces = static_cast<int>(ceil_div(dim, kPiece));
@@ -99,7 +104,8 @@ struct Plan {
         const int rows = static_cast<int>(std::max(resident ? tn : tm + tn, sums ? tn : 0));
         walk.stage_bytes = rows * kPiece * 2;
         walk.info_bytes = info_row * static_cast<int>(tn);
-        walk.weights_at = stages * walk.stage_bytes;
+        walk.cursor_at = stages * walk.stage_bytes;
+        walk.weights_at = walk.cursor_at + kCursorBytes;
         walk.info_at = walk.weights_at + (sums ? kScores * 2 : 0);
         walk.x_at = walk.info_at + kInfos * walk.info_bytes;
         walk.own_at = walk.x_at + (resident ? x_bytes : 0);
@@ -151,20 +157,18 @@ struct StatsPlan {
  private:
   static Plan make(const SoftmaxProblem& p, bool want_mean, int terms, int device) {
     int own[2] = {sizeof(StatsMemory<64>), sizeof(StatsMemory<128>)};
-    return Plan(p.query.rows, p.keys.rows, p.query.dim, terms, want_mean, sizeof(KeyInfo<1>), own, device);
+    return Plan(p.query.rows, p.keys.rows, p.query.dim, terms, want_mean,
+                !want_mean || wide_sums(p.query.rows, p.query.dim, terms), sizeof(KeyInfo<1>), own, device);
   }
 };
 
 using StatsKernel = void (*)(StatsArgs);
-StatsKernel stats_kernel(DType dtype, const StatsPlan& s, bool sums) {
-  if (s.terms > 1) return sums ? softmax_tiles<SplitFloat, 64, true> : softmax_tiles<SplitFloat, 128, false>;
-  if (dtype == DType::f16)
-    return !sums         ? softmax_tiles<Fp16, 128, false>
-           : s.plan.wide ? softmax_tiles<Fp16, 128, true>
-                         : softmax_tiles<Fp16, 64, true>;
-  return !sums         ? softmax_tiles<Bf16, 128, false>
-         : s.plan.wide ? softmax_tiles<Bf16, 128, true>
-                       : softmax_tiles<Bf16, 64, true>;
+template <class F>
+StatsKernel stats_kernel(const Plan& plan, bool sums) {
+  if (!sums) return softmax_tiles<F, 128, false>;
+  if constexpr (!F::split)
+    if (plan.wide) return softmax_tiles<F, 128, true>;
+  return softmax_tiles<F, 64, true>;
 }
 
 // ---- gradients
@@ -199,16 +203,18 @@ struct GradientPlan {
     int own[2] = {sizeof(GradientMemory<64>), sizeof(GradientMemory<128>)};
     const int64_t B = p.query.rows, N = p.keys.rows;
     return Plan(keys_stay ? N : B, keys_stay ? B : N, p.query.dim, terms, want_sums,
-                keys_stay ? sizeof(QueryTerms) : sizeof(KeyInfo<1>), own, device,
-                positives_only ? kMostSkippable : int64_t{1} << 30);
+                keys_stay && wide_sums(N, p.query.dim, terms), keys_stay ? sizeof(QueryTerms) : sizeof(KeyInfo<1>), own,
+                device, positives_only ? kMostSkippable : int64_t{1} << 30);
   }
 };
 
 using GradientKernel = void (*)(GradientArgs);
-GradientKernel gradient_kernel(DType dtype, const GradientPlan& g) {
-  if (g.terms > 1) return gradient_tiles<SplitFloat, 64>;
-  if (dtype == DType::f16) return g.plan.wide ? gradient_tiles<Fp16, 128> : gradient_tiles<Fp16, 64>;
-  return g.plan.wide ? gradient_tiles<Bf16, 128> : gradient_tiles<Bf16, 64>;
+template <class F>
+GradientKernel gradient_kernel(const GradientPlan& g) {
+  if (!g.keys_stay) return gradient_tiles<F, 64, false>;
+  if constexpr (!F::split)
+    if (g.plan.wide) return gradient_tiles<F, 128, true>;
+  return gradient_tiles<F, 64, true>;
 }
 
 void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxGrads& grads, void* out, float* out_bias,
@@ -228,7 +234,6 @@ void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxG
   const Planes query = g.query.planes(launch), keys = g.keys.planes(launch);
   a.walk.x = g.keys_stay ? keys : query;
   a.walk.y = g.keys_stay ? query : keys;
-  a.keys_stay = g.keys_stay;
   a.positives_only = !g.keys_stay || !grads.g_neg;
   a.by_index = p.positive;
   a.scale = p.scale;
@@ -241,7 +246,9 @@ void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxG
   a.out_dtype = g.partial() ? DType::f32 : p.keys.dtype;
   a.scale_out = !g.partial();
   a.out_bias = out_bias;
-  const GradientKernel kernel = gradient_kernel(p.query.dtype, g);
+  const GradientKernel kernel = g.terms > 1 ? gradient_kernel<SplitFloat>(g)
+                                : half      ? gradient_kernel<Fp16>(g)
+                                            : gradient_kernel<Bf16>(g);
   cuda::launch(kernel, g.plan.grid(), dim3(kThreads), g.plan.smem, launch.stream, a);
 }
 
@@ -279,7 +286,9 @@ void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Launc
   a.exclude = p.exclude;
   a.parts = at<RowPart>(launch, s.parts);
   a.sums = out.mean ? at<float>(launch, s.sums) : nullptr;
-  const StatsKernel kernel = stats_kernel(p.query.dtype, s, out.mean);
+  const StatsKernel kernel = s.terms > 1                   ? stats_kernel<SplitFloat>(s.plan, out.mean)
+                             : p.query.dtype == DType::f16 ? stats_kernel<Fp16>(s.plan, out.mean)
+                                                           : stats_kernel<Bf16>(s.plan, out.mean);
   cuda::launch(kernel, s.plan.grid(), dim3(kThreads), s.plan.smem, launch.stream, a);
   const CombineArgs c{p.query,   p.keys,
                       p.scale,   launch.scale_factor,

@@ -2,7 +2,7 @@
 // positives, and sum_j e^(z_ij - max) k_j over negatives (flash attention with V = K), z_ij = scale <q_i, k_j> +
 // bias_j. Fused: scale, bias, labels, left-out keys, both sets' exponentials, rounding of weights to 16 bits. Keys are
 // read once for the statistics alone, twice a tile with the mean (tiles_sm80.cuh). Floor: 2 B N D operations a product
-// at the rate of mma.sync. Registers: 128 (split 143) for the statistics alone, 244 to 254 with the mean; 256 threads.
+// at the rate of mma.sync. 256 threads, at most 255 registers (247 on sm_120), about 155 without the mean.
 #pragma once
 #include "softmax_parts_sm80.cuh"
 
@@ -49,7 +49,6 @@ struct StatsPairs {
   const StatsArgs& a;
   StatsMemory<TM>& memory;
   float scale;
-  int64_t first_key;
 
   __device__ __forceinline__ bool wanted(int) const { return true; }
   __device__ __forceinline__ void load(unsigned char* info, int64_t key) const {
@@ -58,11 +57,11 @@ struct StatsPairs {
 
   __device__ __forceinline__ void apply(float (&s)[2][4][4], float (&factor)[4], const unsigned char* info,
                                         int64_t tile) {
-    const Place<TM> at;
+    const Place<TM> at(afresh(threadIdx.x));
     const KeyInfo<TN>& keys = *reinterpret_cast<const KeyInfo<TN>*>(info);
     const int64_t key0 = tile * TN;
     const int count = static_cast<int>(min(int64_t{TN}, a.walk.y.rows - key0)),
-              offset = static_cast<int>(key0 - first_key);
+              offset = static_cast<int>(key0 - static_cast<int64_t>(blockIdx.y) * a.walk.split_tiles * TN);
     unsigned positive = 0, negative = 0;  // bit r * 8 + n
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -156,22 +155,23 @@ struct StatsPairs {
   }
 };
 
+// report: softmax_tiles 255 registers; HMMA.*, LDSM.*, LDGSTS.*128*
 template <class F, int TM, bool SUMS>
 __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_constant__ StatsArgs a) {
   DYN_SMEM(smem);
   using Memory = StatsMemory<TM>;
   Memory& memory = *reinterpret_cast<Memory*>(smem + a.walk.own_at);
-  StatsPairs<F, TM, SUMS> pairs{a, memory, scale_of(a.scale, a.scale_factor), 0};
+  StatsPairs<F, TM, SUMS> pairs{a, memory, scale_of(a.scale, a.scale_factor)};
   TileWalk<F, TM, StatsPairs<F, TM, SUMS>> walk(a.walk, smem, pairs);
   const int64_t B = a.walk.x.rows, N = a.walk.y.rows;
-  pairs.first_key = walk.first * (kScores / TM);
+  const int64_t first_key = walk.first() * (kScores / TM);
   for (int n = threadIdx.x; n < TM; n += kThreads) {
-    const int64_t row = walk.x0 + n;
+    const int64_t row = walk.x0() + n;
     const int64_t keys = static_cast<int64_t>(walk.tiles) * (kScores / TM);
     const bool inside = row < B;
     memory.label[n] = inside && a.query_labels && a.query_labels[row] >= 0 ? a.query_labels[row] : kNoQueryLabel;
-    memory.left_out[0][n] = inside ? place_of(key_of(a.positive, row, N, 0), pairs.first_key, keys) : -1;
-    memory.left_out[1][n] = inside ? place_of(key_of(a.exclude, row, N, -1), pairs.first_key, keys) : -1;
+    memory.left_out[0][n] = inside ? place_of(key_of(a.positive, row, N, 0), first_key, keys) : -1;
+    memory.left_out[1][n] = inside ? place_of(key_of(a.exclude, row, N, -1), first_key, keys) : -1;
     for (int c = 0; c < Memory::WN; ++c) {
       memory.top[c][n] = -CUDART_INF_F;
       memory.sum_exp[c][n] = 0.0f;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_consta
     for (auto& group : o) clear(group);
   walk.run(o);
 
-  if (threadIdx.x < TM && walk.x0 + threadIdx.x < B && blockIdx.z == 0) {
+  if (threadIdx.x < TM && walk.x0() + threadIdx.x < B && blockIdx.z == 0) {
     const int n = threadIdx.x;
     float top = memory.top[0][n], sum_exp = memory.sum_exp[0][n];
     PositiveState all = memory.positives[0][n];
@@ -195,16 +195,16 @@ __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_consta
       all.sum += state.sum;
       all.count += state.count;
     }
-    a.parts[blockIdx.y * B + walk.x0 + n] = {top, sum_exp, all.top, all.sum_exp, all.sum, all.count};
+    a.parts[blockIdx.y * B + walk.x0() + n] = {top, sum_exp, all.top, all.sum_exp, all.sum, all.count};
   }
   if constexpr (SUMS) {
-    const Place<TM> at;
+    const Place<TM> at(threadIdx.x);
     float* sums = a.sums + blockIdx.y * B * a.walk.dim;
 #pragma unroll
     for (int group = 0; group < F::groups; ++group)
 #pragma unroll
       for (int n = 0; n < 32; ++n) {
-        const int64_t row = walk.x0 + at.row(n / 8), d = walk.out0 + group * (kScores / TM) + at.column(n % 8);
+        const int64_t row = walk.x0() + at.row(n / 8), d = walk.out0() + group * (kScores / TM) + at.column(n % 8);
         if (row < B && d < a.walk.dim) sums[row * a.walk.dim + d] = part(o[group], n / 8, n % 8) / kWeightScale<F>;
       }
   }

@@ -14,6 +14,7 @@ namespace fastcompat::cuda::sm80 {
 constexpr int kThreads = 256;
 constexpr int kPiece = 64;  // columns: 128 bytes, eight 16-byte cells swizzled by the row
 constexpr int kScores = 8192;
+constexpr int kCursorBytes = 256;
 constexpr int kInfos = 3;  // the ring runs at most two tiles ahead
 
 // Rows of 16-bit numbers, 16-byte aligned; float rows are sums over planes.
@@ -24,13 +25,12 @@ struct Planes {
 
 struct Walk {
   Planes x, y;
-  int64_t dim;
-  int terms, stages;
+  int dim, terms, stages;
   bool resident;  // X lies in shared memory as a whole
   bool sums;      // O is wanted
   int split_tiles;
   int stage_bytes, info_bytes;
-  int weights_at, info_at, x_at, own_at;  // bytes into shared memory
+  int cursor_at, weights_at, info_at, x_at, own_at;  // bytes into shared memory
 };
 
 // How operands reach the matrix unit, and how many groups of TN columns of O fit into registers.
@@ -60,11 +60,10 @@ __device__ __forceinline__ uint16_t* cell(uint16_t* piece, int row, int column8)
 }
 
 template <int ROWS>
-__device__ __forceinline__ void load_piece(uint16_t* to, const Planes& from, int term, int64_t row0, int64_t column0,
-                                           int64_t dim) {
+__device__ __forceinline__ void load_piece(uint16_t* to, const Planes& from, int term, int64_t row0, int column0,
+                                           int dim) {
   const int r = threadIdx.x / 8, c = threadIdx.x % 8;
-  const int64_t left = dim - column0 - c * 8;
-  const int bytes = left >= 8 ? 16 : left > 0 ? static_cast<int>(left) * 2 : 0;
+  const int left = dim - column0 - c * 8, bytes = left >= 8 ? 16 : left > 0 ? left * 2 : 0;
   const uint16_t* source = from.data + term * from.plane + (row0 + r) * from.stride + column0 + c * 8;
   uint16_t* target = cell(to, r, c);
 #pragma unroll
@@ -138,13 +137,21 @@ __device__ __forceinline__ void scale_add(float (&s)[2][4][4], const float (&fac
     for (int n = 0; n < 8; ++n) part(s, r, n) = fmaf(part(s, r, n), factor[r], part(t, r, n));
 }
 
-// Where this thread's 4 rows of 8 columns of S lie.
+// The same number, but what follows from it is computed here and now: not held in registers through the loops around.
+__device__ __forceinline__ int afresh(int x) {
+#if !CUDA_ON_CPU
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// Where a thread's 4 rows of 8 columns of S lie.
 template <int TM>
 struct Place {
   static constexpr int TN = kScores / TM, WN = TN / 32;
   int warp_row, warp_column, wn, g, t;
-  __device__ __forceinline__ Place() {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __device__ __forceinline__ explicit Place(int thread) {
+    const int warp = thread / 32, lane = thread % 32;
     wn = warp % WN;
     warp_row = warp / WN * 32;
     warp_column = wn * 32;
@@ -168,25 +175,20 @@ class TileWalk {
   __device__ __forceinline__ TileWalk(const Walk& w, unsigned char* smem, Pairs& pairs)
       : w(w), smem(smem), pairs(pairs) {
     const int64_t all = (w.y.rows + TN - 1) / TN;
-    first = static_cast<int64_t>(blockIdx.y) * w.split_tiles;
-    tiles = static_cast<int>(max(int64_t{0}, min(static_cast<int64_t>(w.split_tiles), all - first)));
-    x0 = static_cast<int64_t>(blockIdx.x) * TM;
-    out0 = static_cast<int64_t>(blockIdx.z) * GROUPS * TN;
-    pieces = static_cast<int>((w.dim + kPiece - 1) / kPiece);
-    groups = w.sums ? static_cast<int>(min(int64_t{GROUPS}, (w.dim - out0 + TN - 1) / TN)) : 0;
+    tiles = static_cast<int>(max(int64_t{0}, min(static_cast<int64_t>(w.split_tiles), all - first())));
   }
 
   // o [GROUPS]; [1] where sums are never wanted.
   template <int G>
   __device__ __forceinline__ void run(float (&o)[G][2][4][4]) {
-    const Place<TM> at;
+    const Place<TM> at(threadIdx.x);
     uint16_t* weights = reinterpret_cast<uint16_t*>(smem + w.weights_at);
     start();
     int info = 0;
     for (int tile = wanted_from(0); tile < tiles; tile = wanted_from(tile + 1)) {
       float s[2][4][4], factor[4] = {1.0f, 1.0f, 1.0f, 1.0f};
       clear(s);
-      for (int piece = 0; piece < pieces; ++piece) {
+      for (int piece = 0; piece < pieces(); ++piece) {
         if constexpr (F::split) {
           float t[2][4][4];
           clear(t);
@@ -196,13 +198,13 @@ class TileWalk {
           score(s, at, 0, piece);
         }
       }
-      pairs.apply(s, factor, smem + w.info_at + info * w.info_bytes, first + tile);
+      pairs.apply(s, factor, smem + w.info_at + info * w.info_bytes, first() + tile);
       info = info + 1 == kInfos ? 0 : info + 1;
       if constexpr (G == GROUPS) {
-        for (int term = 0; term < terms() && groups; ++term) {
+        for (int term = 0; term < terms() && groups(); ++term) {
           if (term) __syncthreads();  // the term before is still being read
           store_weights<F, TM>(weights, s, at.warp_row, at.warp_column);
-          for (int group = 0; group < groups; ++group) {
+          for (int group = 0; group < groups(); ++group) {
             float t[2][4][4];
             clear(t);
             for (int half = 0; half < HALVES; ++half)
@@ -220,8 +222,15 @@ class TileWalk {
     __syncthreads();
   }
 
+  // First streamed tile, row of X and column of O of this block; asked for again rather than kept in registers.
+  __device__ __forceinline__ int64_t first() const { return static_cast<int64_t>(blockIdx.y) * w.split_tiles; }
+  __device__ __forceinline__ static int64_t x0() { return static_cast<int64_t>(blockIdx.x) * TM; }
+  __device__ __forceinline__ static int out0() { return static_cast<int>(blockIdx.z) * GROUPS * TN; }
+
+  __device__ __forceinline__ int pieces() const { return (w.dim + kPiece - 1) / kPiece; }
+  __device__ __forceinline__ int groups() const { return w.sums ? min(GROUPS, (w.dim - out0() + TN - 1) / TN) : 0; }
+
   int tiles;
-  int64_t first, x0, out0;
 
  private:
   __device__ __forceinline__ int wanted_from(int tile) const {
@@ -235,86 +244,99 @@ class TileWalk {
                        w.resident ? stage : stage + TM * kPiece, at.warp_column);
   }
   __device__ __forceinline__ uint16_t* resident_piece(int term, int piece) const {
-    return reinterpret_cast<uint16_t*>(smem + w.x_at) + (term * pieces + piece) * TM * kPiece;
+    return reinterpret_cast<uint16_t*>(smem + w.x_at) + (term * pieces() + piece) * TM * kPiece;
   }
 
   __device__ __forceinline__ void start() {
-    load_tile = wanted_from(0);
-    load_info = load_phase = load_part = read_slot = 0;
-    load_product = first_product(terms());
+    if (threadIdx.x % 32 == 0) cursor() = {wanted_from(0), 0, 0, 0, first_product(terms()), 0};
     if (w.resident)
       for (int term = 0; term < terms(); ++term)
-        for (int piece = 0; piece < pieces; ++piece)
-          load_piece<TM>(resident_piece(term, piece), w.x, term, x0, static_cast<int64_t>(piece) * kPiece, w.dim);
-    for (int slot = 0; slot + 1 < w.stages; ++slot) load(slot);
+        for (int piece = 0; piece < pieces(); ++piece)
+          load_piece<TM>(resident_piece(term, piece), w.x, term, x0(), piece * kPiece, w.dim);
+    for (int n = 0; n + 1 < w.stages; ++n) load();
   }
 
-  // The oldest stage once it has arrived; the slot that everybody has left is filled again.
+  // The oldest stage once it has arrived; the one that everybody has left is filled again.
   __device__ __forceinline__ uint16_t* next_stage() {
     if (w.stages == 3)
       cp_async_wait<1>();
     else
       cp_async_wait<0>();
     __syncthreads();
-    load(read_slot == 0 ? w.stages - 1 : read_slot - 1);
-    uint16_t* stage = reinterpret_cast<uint16_t*>(smem + read_slot * w.stage_bytes);
-    read_slot = read_slot + 1 == w.stages ? 0 : read_slot + 1;
-    return stage;
+    return stage(following(load()));
   }
 
-  __device__ __forceinline__ void load(int slot) {
-    if (load_tile < tiles) {
-      uint16_t* stage = reinterpret_cast<uint16_t*>(smem + slot * w.stage_bytes);
-      const int64_t y0 = (first + load_tile) * TN;
-      if (load_phase == 0) {
-        const int64_t column = static_cast<int64_t>(load_part) * kPiece;
-        if (load_part == 0 && load_product == first_product(terms())) {
-          pairs.load(smem + w.info_at + load_info * w.info_bytes, y0);
-          load_info = load_info + 1 == kInfos ? 0 : load_info + 1;
+  __device__ __forceinline__ uint16_t* stage(int slot) const {
+    return reinterpret_cast<uint16_t*>(smem + slot * w.stage_bytes);
+  }
+  __device__ __forceinline__ int following(int slot) const { return slot + 1 == w.stages ? 0 : slot + 1; }
+
+  // What is loaded next. Each warp keeps it in shared memory: registers are short.
+  struct Cursor {
+    int tile, info, phase, part, product, slot;
+  };
+  __device__ __forceinline__ Cursor& cursor() const {
+    return reinterpret_cast<Cursor*>(smem + w.cursor_at)[threadIdx.x / 32];
+  }
+
+  __device__ __forceinline__ int load() {
+    __syncwarp();
+    Cursor c = cursor();
+    const int slot = c.slot;
+    if (c.tile < tiles) {
+      uint16_t* to = stage(slot);
+      const int64_t y0 = (first() + c.tile) * TN;
+      if (c.phase == 0) {
+        const int column = c.part * kPiece;
+        if (c.part == 0 && c.product == first_product(terms())) {
+          pairs.load(smem + w.info_at + c.info * w.info_bytes, y0);
+          c.info = c.info + 1 == kInfos ? 0 : c.info + 1;
         }
         if (!w.resident) {
-          load_piece<TM>(stage, w.x, left_term(load_product), x0, column, w.dim);
-          stage += TM * kPiece;
+          load_piece<TM>(to, w.x, left_term(c.product), x0(), column, w.dim);
+          to += TM * kPiece;
         }
-        load_piece<TN>(stage, w.y, right_term(load_product), y0, column, w.dim);
+        load_piece<TN>(to, w.y, right_term(c.product), y0, column, w.dim);
       } else {
-        const int64_t column = out0 + load_part / HALVES * TN;
+        const int column = out0() + c.part / HALVES * TN;
 #pragma unroll
         for (int n = 0; n < TN / kPiece; ++n)
-          load_piece<kPiece>(stage + n * kPiece * kPiece, w.y, load_product, y0 + load_part % HALVES * kPiece,
+          load_piece<kPiece>(to + n * kPiece * kPiece, w.y, c.product, y0 + c.part % HALVES * kPiece,
                              column + n * kPiece, w.dim);
       }
-      advance();
+      advance(c);
     }
     cp_async_commit();
+    c.slot = following(slot);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) cursor() = c;
+    return slot;
   }
 
   // Phase 0 counts (piece, product); phase 1 + term counts (group, half, right term from the smallest).
-  __device__ __forceinline__ void advance() {
-    if (load_phase == 0) {
-      if (++load_product < 6) return;
-      load_product = first_product(terms());
-      if (++load_part < pieces) return;
+  __device__ __forceinline__ void advance(Cursor& c) const {
+    if (c.phase == 0) {
+      if (++c.product < 6) return;
+      c.product = first_product(terms());
+      if (++c.part < pieces()) return;
     } else {
-      if (--load_product >= 0) return;
-      load_product = terms() - load_phase;
-      if (++load_part < groups * HALVES) return;
+      if (--c.product >= 0) return;
+      c.product = terms() - c.phase;
+      if (++c.part < groups() * HALVES) return;
     }
-    load_part = 0;
-    if (groups && ++load_phase <= terms()) {
-      load_product = terms() - load_phase;
+    c.part = 0;
+    if (groups() && ++c.phase <= terms()) {
+      c.product = terms() - c.phase;
       return;
     }
-    load_phase = 0;
-    load_product = first_product(terms());
-    load_tile = wanted_from(load_tile + 1);
+    c.phase = 0;
+    c.product = first_product(terms());
+    c.tile = wanted_from(c.tile + 1);
   }
 
   const Walk& w;
   unsigned char* smem;
   Pairs& pairs;
-  int pieces, groups, read_slot;
-  int load_tile, load_info, load_phase, load_part, load_product;
 };
 
 }  // namespace fastcompat::cuda::sm80

@@ -91,13 +91,18 @@ class _Emulated(_native._Call):
     def __init__(self, query: Tensor) -> None:
         super().__init__(query)
         self.gpu = True
+        self.behind = torch.empty(0, dtype=torch.uint8)  # the bytes after the scratch
+
+    def run(self, kernel: str, *arguments: Any) -> None:
+        super().run(kernel, *arguments)
+        assert self.behind.eq(255).all(), f"{kernel} wrote past its scratch"
 
     def launch(self) -> Any:
         precision = _native._precision(self.dtype)
         return _native._C.cuda.Run(0, 0, precision, self.scale_factor, self.scratch)
 
     def scratch(self, size: int) -> int:
-        raw = torch.full((size + 255,), 255, dtype=torch.uint8)
+        raw = torch.full((size + 4096,), 255, dtype=torch.uint8)
         start = -raw.data_ptr() % 256
-        self.memory = raw[start : start + size]
+        self.memory, self.behind = raw[start : start + size], raw[start + size :]
         return self.memory.data_ptr()

@@ -69,7 +69,7 @@ void __stcs(T* p, T v) {
 inline void __syncthreads(emu::Where at = emu::here()) {
   const int threads = blockDim.x * blockDim.y * blockDim.z;
   emu::meet({&emu::self().block->meetings[emu::BARRIER], 0, threads, true, true, true}, "__syncthreads", at, nullptr,
-            emu::Nothing());
+            emu::nothing);
 }
 inline int __syncthreads_or(int predicate, emu::Where at = emu::here()) {
   const int threads = blockDim.x * blockDim.y * blockDim.z;
@@ -83,22 +83,20 @@ inline int __syncthreads_or(int predicate, emu::Where at = emu::here()) {
   return any;
 }
 inline void __syncwarp(unsigned mask = ~0u, emu::Where at = emu::here()) {
-  emu::warp_meet(mask, "__syncwarp", at, nullptr, emu::Nothing(), true);
+  emu::warp_meet(mask, "__syncwarp", at, nullptr, emu::nothing, true);
 }
 
 namespace emu {
-template <class T>
 struct Exchange {
-  T in, out;
+  uint64_t in, out;
   int source;
 };
-template <class T>
-T shuffle(unsigned mask, T value, int source, const char* op, Where at) {
-  Exchange<T> x{value, value, source};
+inline uint64_t exchange(unsigned mask, uint64_t bits, int source, const char* op, Where at) {
+  Exchange x{bits, bits, source};
   warp_meet(mask, op, at, &x, [=](const std::vector<Fiber*>& all) {
-    Exchange<T>* lanes[32] = {};
-    for (Fiber* f : all) lanes[f->lane] = static_cast<Exchange<T>*>(f->argument);
-    for (Exchange<T>* lane : lanes) {
+    Exchange* lanes[32] = {};
+    for (Fiber* f : all) lanes[f->lane] = static_cast<Exchange*>(f->argument);
+    for (Exchange* lane : lanes) {
       if (!lane) continue;
       if (!lanes[lane->source & 31]) fail(op, at, "reads a lane outside the mask");
       lane->out = lanes[lane->source & 31]->in;
@@ -106,14 +104,27 @@ T shuffle(unsigned mask, T value, int source, const char* op, Where at) {
   });
   return x.out;
 }
-// Every lane gets fold over the lanes' values, lowest lane first.
-template <class T, class Fold>
-T reduce(unsigned mask, T value, const char* op, Where at, Fold fold) {
-  Exchange<T> x{value, value, 0};
+template <class T>
+T shuffle(unsigned mask, T value, int source, const char* op, Where at) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "32 or 64 bits");
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  bits = exchange(mask, bits, source, op, at);
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+// Every lane gets fold over the lanes' values.
+template <class T>
+T reduce(unsigned mask, T value, const char* op, Where at, T (*fold)(T, T)) {
+  static_assert(std::is_integral<T>::value && sizeof(T) == 4, "32-bit integers");
+  struct {
+    T in, out;
+  } x{value, value};
+  using X = decltype(x);
   warp_meet(mask, op, at, &x, [=](const std::vector<Fiber*>& all) {
-    T result = static_cast<Exchange<T>*>(all[0]->argument)->in;
-    for (size_t i = 1; i < all.size(); ++i) result = fold(result, static_cast<Exchange<T>*>(all[i]->argument)->in);
-    for (Fiber* f : all) static_cast<Exchange<T>*>(f->argument)->out = result;
+    T result = static_cast<X*>(all[0]->argument)->in;
+    for (size_t i = 1; i < all.size(); ++i) result = fold(result, static_cast<X*>(all[i]->argument)->in);
+    for (Fiber* f : all) static_cast<X*>(f->argument)->out = result;
   });
   return x.out;
 }
@@ -139,8 +150,8 @@ T __shfl_up_sync(unsigned mask, T v, int delta, int width = 32, emu::Where at = 
   return emu::shuffle(mask, v, lane % width >= delta ? lane - delta : lane, "__shfl_up_sync", at);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, emu::Where at = emu::here()) {
-  return emu::reduce(mask, predicate ? 1u << emu::self().lane : 0u, "__ballot_sync", at,
-                     [](unsigned a, unsigned b) { return a | b; });
+  return emu::reduce<unsigned>(mask, predicate ? 1u << emu::self().lane : 0u, "__ballot_sync", at,
+                               [](unsigned a, unsigned b) { return a | b; });
 }
 inline int __any_sync(unsigned mask, int predicate, emu::Where at = emu::here()) {
   return __ballot_sync(mask, predicate, at) != 0;
@@ -150,18 +161,15 @@ inline int __all_sync(unsigned mask, int predicate, emu::Where at = emu::here())
 }
 template <class T>
 T __reduce_add_sync(unsigned mask, T v, emu::Where at = emu::here()) {
-  static_assert(sizeof(T) == 4 && T(0.5f) == 0, "32-bit integers");
-  return emu::reduce(mask, v, "__reduce_add_sync", at, [](T a, T b) { return T(a + b); });
+  return emu::reduce<T>(mask, v, "__reduce_add_sync", at, [](T a, T b) { return T(a + b); });
 }
 template <class T>
 T __reduce_max_sync(unsigned mask, T v, emu::Where at = emu::here()) {
-  static_assert(sizeof(T) == 4 && T(0.5f) == 0, "32-bit integers");
-  return emu::reduce(mask, v, "__reduce_max_sync", at, [](T a, T b) { return a > b ? a : b; });
+  return emu::reduce<T>(mask, v, "__reduce_max_sync", at, [](T a, T b) { return a > b ? a : b; });
 }
 template <class T>
 T __reduce_min_sync(unsigned mask, T v, emu::Where at = emu::here()) {
-  static_assert(sizeof(T) == 4 && T(0.5f) == 0, "32-bit integers");
-  return emu::reduce(mask, v, "__reduce_min_sync", at, [](T a, T b) { return a < b ? a : b; });
+  return emu::reduce<T>(mask, v, "__reduce_min_sync", at, [](T a, T b) { return a < b ? a : b; });
 }
 
 // ---- atomics, on integers only: a sum of floats in no fixed order is not deterministic
@@ -230,7 +238,7 @@ enum cudaDeviceAttr {
 namespace emu {
 inline int multiprocessors = 4, capability = 80;  // the device that cudaDeviceGetAttribute describes
 inline int driver = 13000;                        // the CUDA version that it supports
-}
+}  // namespace emu
 inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }

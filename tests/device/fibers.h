@@ -31,8 +31,8 @@ void AnnotateIgnoreReadsBegin(const char*, int);
 void AnnotateIgnoreReadsEnd(const char*, int);
 void AnnotateIgnoreWritesBegin(const char*, int);
 void AnnotateIgnoreWritesEnd(const char*, int);
-void __tsan_read_range(void*, unsigned long);
-void __tsan_write_range(void*, unsigned long);
+void __tsan_read_range(void*, long);
+void __tsan_write_range(void*, long);
 }
 #endif
 
@@ -61,6 +61,7 @@ struct Quiet {
 };
 inline void release(void* p) { __tsan_release(p); }
 inline void acquire(void* p) { __tsan_acquire(p); }
+inline void will_write(void* p, size_t bytes) { __tsan_write_range(p, bytes); }  // from now on
 #else
 struct Quiet {
   Quiet() {}
@@ -68,6 +69,7 @@ struct Quiet {
 };
 inline void release(void*) {}
 inline void acquire(void*) {}
+inline void will_write(void*, size_t) {}
 #endif
 
 struct Where {
@@ -330,8 +332,21 @@ struct Party {
   int need;
   bool strict, orders, stays;
 };
-template <class Body>
-void meet(Party party, const char* op, Where at, void* argument, Body body) {
+// What the last thread runs for all, who are in the order of their ids; a reference to the caller's function.
+class Body {
+ public:
+  template <class F>
+  Body(const F& f)
+      : f_(&f), call_([](const void* f, const std::vector<Fiber*>& all) { (*static_cast<const F*>(f))(all); }) {}
+  void operator()(const std::vector<Fiber*>& all) const { call_(f_, all); }
+
+ private:
+  const void* f_;
+  void (*call_)(const void*, const std::vector<Fiber*>&);
+};
+inline const auto nothing = [](const std::vector<Fiber*>&) {};
+
+inline void meet(Party party, const char* op, Where at, void* argument, Body body) {
   Quiet quiet;
   Fiber& me = self();
   auto& list = *party.meetings;
@@ -369,13 +384,8 @@ void meet(Party party, const char* op, Where at, void* argument, Body body) {
   machine.ready.push_back(&me);
   yield();
 }
-struct Nothing {
-  void operator()(const std::vector<Fiber*>&) const {}
-};
-
 // A collective of the lanes in mask.
-template <class Body>
-void warp_meet(unsigned mask, const char* op, Where at, void* argument, Body body, bool orders = false) {
+inline void warp_meet(unsigned mask, const char* op, Where at, void* argument, Body body, bool orders = false) {
   Fiber& me = self();
   if (!(mask >> me.lane & 1)) fail(op, at, "the thread is not in its own mask");
   const int need = __builtin_popcount(mask);

@@ -14,13 +14,21 @@ inline uint32_t smem_address(const void* p, Where at, size_t bytes = 1) {
   return SMEM_BASE + static_cast<uint32_t>(offset);
 }
 
+enum class Half { bf16, fp16 };
 template <class T>
-float half_of(uint32_t v, int high) {
-  const uint16_t bits = high ? v >> 16 : v & 0xffff;
-  T element;
-  memcpy(&element, &bits, 2);
-  return element;
+constexpr Half half_type = std::is_same<T, __half>::value ? Half::fp16 : Half::bf16;
+
+inline float to_float(uint16_t bits, Half type) {
+  if (type == Half::fp16) {
+    __half h;
+    memcpy(&h, &bits, 2);
+    return h;
+  }
+  __nv_bfloat16 h;
+  h.bits = bits;
+  return h;
 }
+inline float half_of(uint32_t v, int high, Half type) { return to_float(uint16_t(high ? v >> 16 : v), type); }
 
 // How many rounds the 8 rows of one matrix take, one row per 16-byte bank group and round: 1 is free of conflicts.
 inline void count_conflicts(const void* const (&rows)[8]) {
@@ -61,17 +69,16 @@ struct Mma {
   float* d;
   const uint32_t *a, *b;
 };
-template <class T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where at) {
+inline void mma_m16n8k16(Half type, float* d, const uint32_t* a, const uint32_t* b, Where at) {
   Mma mine{d, a, b};
-  warp_meet(~0u, "mma.m16n8k16", at, &mine, [](const std::vector<Fiber*>& lanes) {
+  warp_meet(~0u, "mma.m16n8k16", at, &mine, [type](const std::vector<Fiber*>& lanes) {
     float A[16][16], B[16][8], D[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const Mma& m = *static_cast<Mma*>(lanes[lane]->argument);
       const int g = lane / 4, t = lane % 4 * 2;
       for (int h = 0; h < 2; ++h) {
-        for (int i = 0; i < 4; ++i) A[g + i % 2 * 8][t + i / 2 * 8 + h] = half_of<T>(m.a[i], h);
-        for (int i = 0; i < 2; ++i) B[t + i * 8 + h][g] = half_of<T>(m.b[i], h);
+        for (int i = 0; i < 4; ++i) A[g + i % 2 * 8][t + i / 2 * 8 + h] = half_of(m.a[i], h, type);
+        for (int i = 0; i < 2; ++i) B[t + i * 8 + h][g] = half_of(m.b[i], h, type);
         for (int i = 0; i < 2; ++i) D[g + i * 8][t + h] = m.d[i * 2 + h];
       }
     }
@@ -93,6 +100,7 @@ inline void cp_async(void* dst, const void* src, int size, int bytes, Where at) 
   if ((reinterpret_cast<uintptr_t>(dst) | (bytes ? reinterpret_cast<uintptr_t>(src) : 0)) & (size - 1))
     fail("cp.async", at, "an address is not aligned");
   smem_address(dst, at, size);
+  will_write(dst, size);
   auto move = [=] {
     if (bytes) memcpy(dst, src, bytes);
     if (bytes < size) memset(static_cast<char*>(dst) + bytes, 0, size - bytes);

@@ -141,11 +141,11 @@ inline void named_barrier(int id, int threads, bool stays, Where at) {
   if (id < 1 || id > 15) fail("bar", at, "named barriers are 1 to 15");
   if (threads % 32) fail("bar", at, "the number of threads must be a multiple of 32");
   meet({&self().block->meetings[BARRIER + id], 0, threads, false, true, stays}, stays ? "bar.sync" : "bar.arrive", at,
-       nullptr, Nothing());
+       nullptr, nothing);
 }
 inline void cluster_sync(Where at) {
   meet({&machine.cluster_meetings, 0, int(machine.fibers.size()), true, true, true}, "cluster_sync", at, nullptr,
-       Nothing());
+       nothing);
 }
 
 // ---- wgmma: late schedules form the product when its group is awaited, early ones at once
@@ -177,13 +177,13 @@ inline std::vector<const unsigned char*> tile_pieces(uint64_t d, int rows, bool 
       for (int k = 0; k < 16; k += 8) add(start + r / 8 * group + r % 8 * 128 + k * 2);
   return pieces;
 }
-template <class T>
-void read_pieces(const std::vector<const unsigned char*>& pieces, int rows, bool mn_major, float (*out)[16]) {
-  T eight[8];
+inline void read_pieces(const std::vector<const unsigned char*>& pieces, int rows, bool mn_major, Half type,
+                        float (*out)[16]) {
+  uint16_t eight[8];
   for (size_t p = 0; p < pieces.size(); ++p) {
     memcpy(eight, pieces[p], 16);
     for (int i = 0; i < 8; ++i)
-      (mn_major ? out[p % (rows / 8) * 8 + i][p / (rows / 8)] : out[p / 2][p % 2 * 8 + i]) = eight[i];
+      (mn_major ? out[p % (rows / 8) * 8 + i][p / (rows / 8)] : out[p / 2][p % 2 * 8 + i]) = to_float(eight[i], type);
   }
 }
 
@@ -196,21 +196,21 @@ struct WgmmaPart {  // one thread's
 struct WgmmaGroup {
   std::vector<WgmmaPart> parts;
   std::vector<const unsigned char*> a, b;
+  Half type;
   int columns;
   bool transposed;
 };
-template <class T>
-void wgmma_multiply(const WgmmaGroup& g) {
+inline void wgmma_multiply(const WgmmaGroup& g) {
   static float A[64][16], B[256][16], D[64][256];
   const WgmmaPart& first = g.parts[0];
   auto row = [](int thread, int h) { return thread / 32 * 16 + thread % 32 / 4 + h * 8; };
   if (first.a.in_registers)
     for (int t = 0; t < 128; ++t)
       for (int i = 0; i < 8; ++i)
-        A[row(t, i / 2 % 2)][t % 4 * 2 + i % 2 + i / 4 * 8] = half_of<T>(g.parts[t].a.registers[i / 2], i % 2);
+        A[row(t, i / 2 % 2)][t % 4 * 2 + i % 2 + i / 4 * 8] = half_of(g.parts[t].a.registers[i / 2], i % 2, g.type);
   else
-    read_pieces<T>(g.a, 64, false, A);
-  read_pieces<T>(g.b, g.columns, g.transposed, B);
+    read_pieces(g.a, 64, false, g.type, A);
+  read_pieces(g.b, g.columns, g.transposed, g.type, B);
   auto each = [&](auto f) {
     for (int t = 0; t < 128; ++t)
       for (int i = 0; i < g.columns / 2; ++i) f(g.parts[t].d[i], D[row(t, i / 2 % 2)][i / 4 * 8 + t % 4 * 2 + i % 2]);
@@ -223,20 +223,17 @@ void wgmma_multiply(const WgmmaGroup& g) {
   ++counters.mma;
 }
 
-template <class Body>
-void warpgroup_meet(const char* op, Where at, void* argument, Body body) {
+inline void warpgroup_meet(const char* op, Where at, void* argument, Body body) {
   const int group = self().id / 128;
   meet({&self().block->meetings[WARPGROUP + group], 0, 128, true, false, true}, op, at, argument, body);
 }
 inline Groups& wgmma_groups() { return self().block->wgmma[self().id / 128]; }
 
-template <class T, int R>
-void wgmma(float (&d)[R], Operand a, uint64_t b, bool accumulate, bool transposed, Where at) {
-  static_assert(R % 4 == 0 && R <= 128, "columns are a multiple of 8, up to 256");
+inline void wgmma(Half type, float* d, int columns, Operand a, uint64_t b, bool accumulate, bool transposed, Where at) {
   WgmmaPart mine{d, a, b, accumulate};
   warpgroup_meet("wgmma", at, &mine, [=](const std::vector<Fiber*>& all) {
     auto group = std::make_shared<WgmmaGroup>();
-    group->columns = 2 * R, group->transposed = transposed;
+    group->type = type, group->columns = columns, group->transposed = transposed;
     for (Fiber* f : all) {
       const auto& part = *static_cast<WgmmaPart*>(f->argument);
       if (part.b != b || part.accumulate != accumulate || part.a.descriptor != a.descriptor)
@@ -244,17 +241,17 @@ void wgmma(float (&d)[R], Operand a, uint64_t b, bool accumulate, bool transpose
       group->parts.push_back(part);
     }
     if (!a.in_registers) group->a = tile_pieces(a.descriptor, 64, false, at);
-    group->b = tile_pieces(b, 2 * R, transposed, at);
+    group->b = tile_pieces(b, columns, transposed, at);
     std::vector<Range> reads;
     for (auto* pieces : {&group->a, &group->b})
       for (const unsigned char* piece : *pieces) reads.push_back({piece, 16, false});
     auto work = std::make_shared<Async>(
-        &self().block->wgmma_done[self().id / 128], std::move(reads), [group] { wgmma_multiply<T>(*group); }, [] {});
+        &self().block->wgmma_done[self().id / 128], std::move(reads), [group] { wgmma_multiply(*group); }, [] {});
     if (!machine.late) work->run();
     wgmma_groups().open.push_back(machine.late ? std::function<void()>([work] { work->run(); }) : [] {});
   });
 }
-inline void wgmma_fence(Where at) { warpgroup_meet("wgmma.fence", at, nullptr, Nothing()); }
+inline void wgmma_fence(Where at) { warpgroup_meet("wgmma.fence", at, nullptr, nothing); }
 inline void wgmma_commit(Where at) {
   warpgroup_meet("wgmma.commit_group", at, nullptr, [](const std::vector<Fiber*>&) { wgmma_groups().commit(); });
 }

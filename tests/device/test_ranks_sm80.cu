@@ -106,7 +106,7 @@ void check_beats(Part part, Metric metric, std::vector<int64_t> bounds, int64_t 
 
 }  // namespace
 
-DEVICE_TEST(pairs_have_the_documented_bits) {
+DEVICE_TEST_OF_VALUES(pairs_have_the_documented_bits) {
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
     check_pairs(part_of<float>(gauss(3, 300, 1), 3, gauss(20, 300, 2), 20, 300), metric);
     check_pairs(part_of<bf16>(gauss(3, 77, 1), 3, gauss(20, 77, 2), 20, 77, 3, 1), metric);
@@ -116,7 +116,7 @@ DEVICE_TEST(pairs_have_the_documented_bits) {
   check_pairs(part_of<float>(mixed_norms(5, 12, 3, 14), 5, mixed_norms(20, 12, 4, 14), 20, 12), Metric::cosine);
 }
 
-DEVICE_TEST(pairs_without_queries_or_keys) {
+DEVICE_TEST_OF_VALUES(pairs_without_queries_or_keys) {
   check_pairs(part_of<bf16>({}, 0, gauss(4, 8, 1), 4, 8), Metric::ip);
   check_pairs(part_of<bf16>(gauss(3, 8, 1), 3, {}, 0, 8), Metric::ip);
 }
@@ -137,7 +137,12 @@ DEVICE_TEST(pairs_flag_only_rows_that_are_read) {
   expect(flag == cuda::nonfinite_code(0, false, 1), "another row than query 1");
 }
 
-DEVICE_TEST(beats_every_dtype_and_metric) {
+DEVICE_TEST(beats_every_way_through_the_kernels) {
+  check_beats(part_of<float>(gauss(2, 24, 1), 2, near_ties(300, 24, 2, 1e-4f), 300, 24), Metric::cosine, {0, 140, 300},
+              6, false, true);
+}
+
+DEVICE_TEST_OF_VALUES(beats_every_dtype_and_metric) {
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
     check_beats(part_of<float>(gauss(4, 40, 1), 4, gauss(500, 40, 2), 500, 40), metric, {0, 500}, 5);
     check_beats(part_of<bf16>(gauss(4, 40, 1), 4, gauss(500, 40, 2), 500, 40), metric, {0, 500}, 5);
@@ -145,7 +150,7 @@ DEVICE_TEST(beats_every_dtype_and_metric) {
   }
 }
 
-DEVICE_TEST(beats_in_blocks_of_a_walk) {
+DEVICE_TEST_OF_VALUES(beats_in_blocks_of_a_walk) {
   Part part = part_of<float>(gauss(130, 16, 3), 130, gauss(700, 16, 4), 700, 16);
   check_beats(part, Metric::cosine, {0, 0, 1, 100, 100, 333, 700, 700}, 4, false, true);
   part.all = false;
@@ -153,7 +158,7 @@ DEVICE_TEST(beats_in_blocks_of_a_walk) {
   check_beats(part, Metric::l2, {13, 200, 201, 590}, 6, true, true);
 }
 
-DEVICE_TEST(beats_near_ties_and_duplicates) {
+DEVICE_TEST_OF_VALUES(beats_near_ties_and_duplicates) {
   check_beats(part_of<float>(gauss(3, 32, 5), 3, near_ties(600, 32, 6, 1e-7f), 600, 32), Metric::cosine, {0, 300, 600},
               20);
   check_beats(part_of<float>(gauss(3, 32, 5), 3, near_ties(600, 32, 6, 1e-4f), 600, 32), Metric::l2, {0, 300, 600}, 20);
@@ -162,7 +167,7 @@ DEVICE_TEST(beats_near_ties_and_duplicates) {
   check_beats(part_of<bf16>(gauss(3, 24, 7), 3, duplicates(600, 24, 8, 5), 600, 24), Metric::cosine, {0, 600}, 9);
 }
 
-DEVICE_TEST(beats_norms_of_every_size) {
+DEVICE_TEST_OF_VALUES(beats_norms_of_every_size) {
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
     check_beats(part_of<float>(mixed_norms(6, 16, 9, 3), 6, mixed_norms(400, 16, 10, 5), 400, 16), metric,
                 {0, 170, 400}, 12, true);
@@ -173,21 +178,21 @@ DEVICE_TEST(beats_norms_of_every_size) {
               {0, 400}, 12);
 }
 
-DEVICE_TEST(beats_blocks_of_keys_and_many_targets) {
+DEVICE_TEST_OF_VALUES(beats_blocks_of_keys_and_many_targets) {
   cuda::sm80::limits.packed_bytes = 1;
   check_beats(part_of<float>(gauss(2, 24, 11), 2, gauss(500, 24, 12), 500, 24), Metric::ip, {0, 200, 500}, 3);
   cuda::sm80::limits.packed_bytes = 64ll << 20;
   check_beats(part_of<bf16>(gauss(2, 8, 11), 2, gauss(400, 8, 12), 400, 8), Metric::ip, {0, 200, 400}, 300);
 }
 
-DEVICE_TEST(beats_without_queries_keys_targets_or_blocks) {
+DEVICE_TEST_OF_VALUES(beats_without_queries_keys_targets_or_blocks) {
   check_beats(part_of<bf16>({}, 0, gauss(4, 8, 1), 4, 8), Metric::ip, {0, 4}, 2);
   check_beats(part_of<bf16>(gauss(2, 8, 1), 2, gauss(4, 8, 1), 4, 8), Metric::ip, {0, 4}, 0);
   check_beats(part_of<bf16>(gauss(2, 8, 1), 2, gauss(4, 8, 1), 4, 8), Metric::ip, {2}, 2);
   check_beats(part_of<bf16>(gauss(2, 8, 1), 2, gauss(4, 8, 1), 4, 8), Metric::ip, {2, 2}, 2);
 }
 
-DEVICE_TEST(rank_of_the_rth_best_is_r) {
+DEVICE_TEST_OF_VALUES(rank_of_the_rth_best_is_r) {
   const int64_t queries = 5, n = 600, k = 40;
   for (Metric metric : {Metric::cosine, Metric::l2}) {
     Part part = part_of<float>(gauss(queries, 20, 13), queries, near_ties(n, 20, 14, 1e-3f), n, 20);

@@ -74,7 +74,15 @@ void check_plain(int64_t queries, int64_t n, int64_t dim, int64_t k, Metric metr
 
 }  // namespace
 
-DEVICE_TEST(topk_every_dtype_and_metric) {
+// Packing, splits, lists that fill, candidates rescored in place, labels, the merge.
+DEVICE_TEST(topk_every_way_through_the_kernels) {
+  std::vector<Part> parts = {part_of<float>(gauss(2, 24, 1), 2, near_ties(1100, 24, 2, 1e-5f), 1100, 24)};
+  Filter filter = {{1, 2}, {}, {7, -1}};
+  for (int64_t j = 0; j < 1100; ++j) filter.key_labels.push_back(j % 4);
+  check_topk(parts, 10, Metric::cosine, filter);
+}
+
+DEVICE_TEST_OF_VALUES(topk_every_dtype_and_metric) {
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
     check_plain<float>(3, 700, 40, 5, metric);
     check_plain<bf16>(3, 700, 40, 5, metric);
@@ -82,7 +90,7 @@ DEVICE_TEST(topk_every_dtype_and_metric) {
   }
 }
 
-DEVICE_TEST(topk_sizes) {
+DEVICE_TEST_OF_VALUES(topk_sizes) {
   check_plain<float>(1, 1, 1, 1, Metric::ip);
   check_plain<bf16>(129, 300, 33, 3, Metric::cosine);
   check_plain<bf16>(2, 257, 7, 10, Metric::l2);
@@ -92,7 +100,7 @@ DEVICE_TEST(topk_sizes) {
   check_plain<bf16>(2, 0, 8, 2, Metric::ip);
 }
 
-DEVICE_TEST(topk_any_stride) {
+DEVICE_TEST_OF_VALUES(topk_any_stride) {
   check_plain<bf16>(4, 300, 20, 6, Metric::l2, 4);     // read in place, with a tail
   check_plain<bf16>(4, 300, 20, 6, Metric::l2, 3);     // packed
   check_plain<bf16>(4, 300, 24, 6, Metric::l2, 0, 1);  // packed: the first row is not aligned
@@ -100,7 +108,7 @@ DEVICE_TEST(topk_any_stride) {
   check_plain<float>(4, 300, 19, 6, Metric::cosine, 1, 1);
 }
 
-DEVICE_TEST(topk_splits_batches_and_blocks_of_keys) {
+DEVICE_TEST_OF_VALUES(topk_splits_batches_and_blocks_of_keys) {
   cuda::sm80::limits = {1, 1};  // 128 keys and 128 queries at a time
   check_plain<float>(140, 400, 16, 4, Metric::cosine);
   check_plain<bf16>(140, 1500, 8, 2, Metric::ip);
@@ -108,7 +116,7 @@ DEVICE_TEST(topk_splits_batches_and_blocks_of_keys) {
   check_plain<bf16>(2, 5000, 8, 3, Metric::l2);
 }
 
-DEVICE_TEST(topk_near_ties) {
+DEVICE_TEST_OF_VALUES(topk_near_ties) {
   for (float relative : {1e-7f, 1e-5f, 3e-3f}) {
     std::vector<Part> parts = {part_of<float>(gauss(2, 32, 3), 2, near_ties(1300, 32, 4, relative), 1300, 32)};
     check_topk(parts, 20, Metric::cosine);
@@ -118,14 +126,14 @@ DEVICE_TEST(topk_near_ties) {
   check_topk(halves, 100, Metric::ip);
 }
 
-DEVICE_TEST(topk_duplicates_tie_by_id) {
+DEVICE_TEST_OF_VALUES(topk_duplicates_tie_by_id) {
   std::vector<Part> parts = {part_of<float>(gauss(3, 24, 5), 3, duplicates(1400, 24, 6, 3), 1400, 24)};
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) check_topk(parts, 30, metric);
   std::vector<Part> halves = {part_of<fp16>(gauss(3, 24, 5), 3, duplicates(1400, 24, 6, 2), 1400, 24)};
   check_topk(halves, 500, Metric::cosine);
 }
 
-DEVICE_TEST(topk_norms_of_every_size) {
+DEVICE_TEST_OF_VALUES(topk_norms_of_every_size) {
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
     std::vector<Part> parts = {part_of<float>(mixed_norms(7, 16, 7, 3), 7, mixed_norms(800, 16, 8, 5), 800, 16)};
     check_topk(parts, 12, metric);
@@ -136,7 +144,7 @@ DEVICE_TEST(topk_norms_of_every_size) {
   }
 }
 
-DEVICE_TEST(topk_labels_and_exclude) {
+DEVICE_TEST_OF_VALUES(topk_labels_and_exclude) {
   const int64_t queries = 9, n = 500;
   std::vector<Part> parts = {part_of<bf16>(gauss(queries, 16, 11), queries, gauss(n, 16, 12), n, 16)};
   Filter filter;
@@ -149,7 +157,7 @@ DEVICE_TEST(topk_labels_and_exclude) {
   check_topk(parts, 10, Metric::cosine, filter);
 }
 
-DEVICE_TEST(topk_segments) {
+DEVICE_TEST_OF_VALUES(topk_segments) {
   const int64_t queries = 5, n = 900;
   Part old_part = part_of<bf16>(gauss(queries, 48, 13), queries, gauss(n, 48, 14), n, 48);
   Part new_part = part_of<float>(gauss(queries, 20, 15), queries, gauss(n, 20, 16), n, 20);
@@ -165,17 +173,42 @@ DEVICE_TEST(topk_segments) {
   }
 }
 
-DEVICE_TEST(topk_more_than_there_are) {
+DEVICE_TEST_OF_VALUES(topk_all_keys_tie_over_segments) {
+  const int64_t n = 900;
+  Part odd = part_of<bf16>(gauss(2, 8, 13), 2, gauss(n, 8, 14), n, 8);
+  odd.query = Rows::of<bf16>(std::vector<float>(2 * 8), 2, 8);  // zero: cosine 0 with every key
+  odd.all = false;
+  Part even = odd;
+  for (int64_t j = 0; j < n; ++j) (j % 2 ? odd : even).listed.push_back(j);
+  std::reverse(even.listed.begin(), even.listed.end());
+  std::vector<Part> parts = {odd, even};
+  check_topk(parts, 5, Metric::cosine);
+}
+
+// Partial sums that leave the range of float on tensor cores, but not in the order of score_of.
+DEVICE_TEST_OF_VALUES(topk_sums_that_overflow_on_the_way) {
+  const int64_t n = 300, dim = 32;
+  auto keys = gauss(n, dim, 21);
+  for (int64_t d = 0; d < dim; ++d) keys[260 * dim + d] = d % 8 ? 0 : d < 16 ? -2e38f : 2e38f;
+  std::vector<Part> parts = {part_of<float>(std::vector<float>(dim, 1), 1, keys, n, dim),
+                             part_of<bf16>(std::vector<float>(dim, 1), 1, keys, n, dim)};
+  for (const Part& part : parts) {
+    std::vector<Part> one = {part};
+    check_topk(one, 150, Metric::ip);
+  }
+}
+
+DEVICE_TEST_OF_VALUES(topk_more_than_there_are) {
   check_plain<bf16>(3, 10, 8, 40, Metric::cosine);
   check_plain<float>(2, 300, 8, 700, Metric::ip);
 }
 
-DEVICE_TEST(topk_large_k) {
+DEVICE_TEST_OF_VALUES(topk_large_k) {
   check_plain<bf16>(2, 2500, 8, 2048, Metric::ip);
   check_plain<bf16>(1, 4200, 8, 3001, Metric::cosine);
 }
 
-DEVICE_TEST(topk_flags_the_first_row_that_is_not_finite) {
+DEVICE_TEST_OF_VALUES(topk_flags_the_first_row_that_is_not_finite) {
   auto keys = gauss(300, 16, 17);
   keys[200 * 16 + 3] = NAN;
   keys[140 * 16] = INFINITY;
