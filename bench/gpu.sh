@@ -24,16 +24,36 @@ gpu_tests() {
   [ "$device" = cpu ] && left_out=(--ignore tests/cuda/test_device.py)
   "${pytest[@]}" tests/cuda --device "$device" "${left_out[@]}"
 }
-benchmark() { "$python" -P bench/gpu.py "$results/gpu.json" --device "$device" --seconds 210; }
+# The kernels alone, as in tests/device but on the hardware.
+device_tests() {
+  local folder=build/gpu-device source running=() failed=0
+  mkdir -p "$folder"
+  for source in tests/device/test_*.cu; do
+    nvcc -std=c++17 -O2 -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/cuda -Itests/device "$source" \
+      -o "$folder/$(basename "$source" .cu)" &
+    running+=($!)
+  done
+  for pid in "${running[@]}"; do wait "$pid" || failed=1; done
+  for program in "$folder"/test_*; do "$program" || failed=1; done
+  return $failed
+}
+benchmark() { "$python" -P bench/gpu.py "$results/gpu.json" --device "$device" --seconds 170; }
 # Each tensor in an allocation of its own, so that the sanitizer sees its end.
-sanitizer() {
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 \
+memcheck() {
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --print-limit 20 \
     "${pytest[@]}" tests/cuda/test_public_functions.py --device "$device" -k "bfloat16 and not evaluation"
+}
+racecheck() {
+  local failed=0
+  for program in build/gpu-device/test_*; do
+    compute-sanitizer --tool racecheck --error-exitcode 9 --print-limit 20 "$program" || failed=1
+  done
+  return $failed
 }
 engine_tests() {
   local how=()
   "$python" -c "import xdist" 2> /dev/null && how=(-n 8)
-  [ "$device" = cpu ] && how+=(--emulated build/emulated)
+  [ "$device" = cpu ] && how+=(--emulated build/emulated/80)
   "${pytest[@]}" -p reroute tests/engine --ignore tests/engine/test_compile.py "${how[@]}"
 }
 
@@ -48,7 +68,7 @@ mkdir -p "$results"
 : > "$results/parts.txt"
 everything=570 # seconds
 
-part() { # SECONDS NAME [ARGUMENT]: at most so long, and never past the end of everything
+part() { # SECONDS NAME: at most so long, and never past the end of everything
   local limit=$1 start=$SECONDS status
   [ $((everything - SECONDS)) -lt "$limit" ] && limit=$((everything - SECONDS))
   shift
@@ -65,10 +85,11 @@ part() { # SECONDS NAME [ARGUMENT]: at most so long, and never past the end of e
 part 170 build
 part 40 info
 part 130 gpu_tests
-part 230 benchmark
-part 70 sanitizer memcheck
-part 70 sanitizer racecheck
-part 70 engine_tests
+part 190 benchmark
+part 70 device_tests
+part 60 memcheck
+part 60 racecheck
+part 60 engine_tests
 rm -f "$results/part.txt"
 
 printf '\n'

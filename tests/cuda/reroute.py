@@ -1,7 +1,7 @@
 """A pytest plugin that runs the tests of tests/engine, which use CPU tensors, through the CUDA engine.
 
     PYTHONPATH=tests/cuda pytest -p reroute tests/engine                             # on a GPU
-    PYTHONPATH=tests/cuda pytest -p reroute tests/engine --emulated build/emulated   # without one
+    PYTHONPATH=tests/cuda pytest -p reroute tests/engine --emulated build/emulated/80   # without one
 
 The second line takes the native module of that folder, whose GPU is the emulator of tests/device: Python,
 bindings, dispatch, scratch sizes and kernels are the product's, only the device is not.
