@@ -8,12 +8,18 @@ from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
 from .reference import SoftmaxStats
+from .transforms import ForwardTransform, Procrustes, ResidualHead, ReverseQueryTransform, SideInformation
 
 __all__ = [
     "BackfillCurve",
+    "ForwardTransform",
+    "Procrustes",
     "PrototypeBank",
+    "ResidualHead",
     "RetrievalMetrics",
+    "ReverseQueryTransform",
     "RunningPrototypes",
+    "SideInformation",
     "SoftmaxStats",
     "backfill_curve",
     "build_info",

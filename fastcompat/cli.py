@@ -23,7 +23,7 @@ from . import selfcheck
 if TYPE_CHECKING:
     from .demo import Upgrade
 
-EXTRAS = {"sklearn", "matplotlib", "tqdm", "jinja2", "PIL"}
+EXTRAS = {"sklearn", "matplotlib", "jinja2", "PIL"}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -9,7 +9,7 @@ they do not, "reference" is plain PyTorch.
 from .classes import bct_loss, margin_softmax_loss, prototype_loss
 from .engine import Array as Array
 from .engine import ranks, softmax_stats, topk
-from .pairs import contrastive_loss, metric_compatible_loss, ract_loss
+from .pairs import contrastive_loss, metric_compatible_loss, ract_loss, simclr_loss
 from .transforms import fastfill_loss, fct_loss
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "prototype_loss",
     "ract_loss",
     "ranks",
+    "simclr_loss",
     "softmax_stats",
     "topk",
 ]

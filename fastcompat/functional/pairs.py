@@ -1,4 +1,4 @@
-"""Losses of embeddings against embeddings: contrastive, RACT, metric-compatible."""
+"""Losses of embeddings against embeddings: contrastive, SimCLR, RACT, metric-compatible."""
 
 from __future__ import annotations
 
@@ -60,6 +60,55 @@ def contrastive_loss(
     native = _checks.takes_native(backend, query)
     stats = row_stats(native, query, keys, scale, None, query_labels, key_labels, positive, exclude)
     return parts.contrastive_from_stats(stats, positives, reduction)
+
+
+def simclr_loss(
+    first: Tensor,
+    second: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """SimCLR's contrastive loss (NT-Xent): two views of an image attract, all other views repel.
+
+    With `x = [first | second]` (2B rows) and `p(i)` the other view of row i:
+
+    ```
+    L_i = -log[ exp(<x^_i, x^_p(i)> / temperature) / sum over j != i of exp(<x^_i, x^_j> / temperature) ]
+    ```
+    Chen et al., ICML 2020, arXiv 2002.05709 (re-implementation). Needs no label: it trains the
+    side-information of forward-compatible training (`fastcompat.SideInformation`).
+
+    Args:
+        first: [B, D], one random view of each image.
+        second: [B, D], another one.
+        temperature: a float or a 0-dim tensor that may want a gradient.
+        normalize: L2-normalise the embeddings first.
+        reduction: "mean" or "sum" over the 2B rows, or "none".
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        float32, 0-dim or [2B] (the first views, then the second).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+    """
+    _checks.embeddings("second", second, "first", first)
+    _checks.rows("second", second, "first", first)
+    views = torch.cat([first, second])
+    itself = torch.arange(views.shape[0], device=views.device)
+    return contrastive_loss(
+        views,
+        views,
+        positive=itself.roll(first.shape[0]),
+        exclude=itself,
+        temperature=temperature,
+        normalize=normalize,
+        reduction=reduction,
+        backend=backend,
+    )
 
 
 def ract_loss(

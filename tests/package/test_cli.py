@@ -186,7 +186,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path: Pa
 import sys
 from typer.testing import CliRunner
 from fastcompat.cli import app
-for extra in ("sklearn", "matplotlib", "tqdm", "jinja2", "PIL"):
+for extra in ("sklearn", "matplotlib", "jinja2", "PIL"):
     for name in [n for n in sys.modules if n.startswith(("fastcompat.demo", "fastcompat.report"))]:
         del sys.modules[name]
     sys.modules[extra] = None
@@ -197,14 +197,14 @@ for extra in ("sklearn", "matplotlib", "tqdm", "jinja2", "PIL"):
     found = python(tmp_path, script)
     assert found.stdout.splitlines() == [
         f'2 error: the demonstration needs {extra}: pip install "fastcompat[demo]"'
-        for extra in ("sklearn", "matplotlib", "tqdm", "jinja2", "PIL")
+        for extra in ("sklearn", "matplotlib", "jinja2", "PIL")
     ]
 
 
 def test_info_needs_no_extra(tmp_path: Path):
     script = (
         "import sys\n"
-        "for extra in ('sklearn', 'matplotlib', 'tqdm', 'jinja2', 'PIL'): sys.modules[extra] = None\n"
+        "for extra in ('sklearn', 'matplotlib', 'jinja2', 'PIL'): sys.modules[extra] = None\n"
         "sys.argv[1:] = ['info']\n"
         "from fastcompat.cli import main; main()"
     )
