@@ -6,6 +6,7 @@ from .backfill import BackfillCurve, backfill_curve
 from .evaluate import RetrievalMetrics, retrieval_metrics
 from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
+from .ordering import uncertainty
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
 from .reference import SoftmaxStats
 from .transforms import ForwardTransform, Procrustes, ResidualHead, ReverseQueryTransform, SideInformation
@@ -33,4 +34,5 @@ __all__ = [
     "retrieval_metrics",
     "softmax_stats",
     "topk",
+    "uncertainty",
 ]

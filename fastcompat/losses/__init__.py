@@ -6,12 +6,12 @@ negatives), int64 numbers of rows of `embeddings` and of `ref_emb`. It replaces 
 the positives and negatives paired with it there (a pair named twice counts once), as in
 pytorch-metric-learning's SupConLoss, and in its NTXentLoss with one positive per anchor. It runs the
 reference; `backend="native"` refuses it. Losses that train more than one embedding at once
-(`MetricCompatibleLoss`, `FCTLoss`, `FastFillLoss`) are called like their functions.
+(`SimCLRLoss`, `MetricCompatibleLoss`, `FCTLoss`, `FastFillLoss`) are called like their functions.
 """
 
 from .classes import BCTLoss, MarginSoftmaxLoss, PrototypeLoss
 from .memory import MemoryQueue
-from .pairs import ContrastiveLoss, MetricCompatibleLoss, RACTLoss
+from .pairs import ContrastiveLoss, MetricCompatibleLoss, RACTLoss, SimCLRLoss
 from .transforms import FastFillLoss, FCTLoss
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "MetricCompatibleLoss",
     "PrototypeLoss",
     "RACTLoss",
+    "SimCLRLoss",
 ]

@@ -1,4 +1,4 @@
-"""Modules that compare embeddings with embeddings: contrastive, RACT, metric-compatible."""
+"""Modules that compare embeddings with embeddings: contrastive, SimCLR, RACT, metric-compatible."""
 
 from __future__ import annotations
 
@@ -82,6 +82,40 @@ class ContrastiveLoss(nn.Module):
             exclude=row if ref_emb is None else None,
             temperature=self.temperature,
             positives=self.positives,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+
+class SimCLRLoss(nn.Module):
+    """`functional.simclr_loss`, called `loss(first, second)` as the function is.
+
+    Args:
+        temperature: a float, or an `nn.Parameter` to be learned.
+        normalize: L2-normalise the embeddings first.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "native" or "reference".
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.1,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.temperature, self.normalize = temperature, normalize
+        self.reduction, self.backend = reduction, backend
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """The loss of two views `first` and `second` [B, D] of the same images."""
+        return functional.simclr_loss(
+            first,
+            second,
+            temperature=self.temperature,
             normalize=self.normalize,
             reduction=self.reduction,
             backend=self.backend,

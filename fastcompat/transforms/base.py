@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,13 +57,11 @@ class Transform(nn.Module):
             wanted = " and ".join(f"`{name}`" for name in self.inputs)
             raise TypeError(f"`transform` takes {wanted}: got {len(features)} arrays")
         tensors = _same_rows(dict(zip(self.inputs, features, strict=True)))
-        was_training = self.training
-        self.eval()
         blocks: list[tuple[Tensor, ...]] = []
-        for block in zip(*(torch.split(value, _BLOCK) for value in tensors), strict=True):
-            found = self(*map(self.like_weights, block))
-            blocks.append(found if isinstance(found, tuple) else (found,))
-        self.train(was_training)
+        with evaluating(self):
+            for block in zip(*(torch.split(value, _BLOCK) for value in tensors), strict=True):
+                found = self(*map(self.like_weights, block))
+                blocks.append(found if isinstance(found, tuple) else (found,))
         whole = [torch.cat(parts).to(tensors[0].device) for parts in zip(*blocks, strict=True)]
         given = [part.numpy() for part in whole] if isinstance(features[0], np.ndarray) else whole
         return given[0] if len(given) == 1 else tuple(given)
@@ -96,20 +96,30 @@ class Transform(nn.Module):
             import onnxscript  # noqa: F401
         except ImportError:
             raise ImportError('`to_onnx` needs onnxscript: pip install "fastcompat[onnx]"') from None
-        was_training = self.training
         rows = torch.export.Dim("rows")
-        torch.onnx.export(
-            self.eval(),
-            tuple(self.like_weights(torch.zeros(2, width)) for width in self.inputs.values()),
-            path,
-            input_names=tuple(self.inputs),
-            output_names=self.outputs,
-            dynamic_shapes=({0: rows},) * len(self.inputs),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        self.train(was_training)
+        with evaluating(self):
+            torch.onnx.export(
+                self,
+                tuple(self.like_weights(torch.zeros(2, width)) for width in self.inputs.values()),
+                path,
+                input_names=tuple(self.inputs),
+                output_names=self.outputs,
+                dynamic_shapes=({0: rows},) * len(self.inputs),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In eval mode for a while."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def reset(module: nn.Module) -> None:

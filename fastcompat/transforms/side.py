@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .base import evaluating
 
 
 class SideInformation(nn.Module):
@@ -53,8 +54,6 @@ class SideInformation(nn.Module):
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """The side-information [B, d_side] of images as they are, in eval mode."""
-        was_training = self.training
-        self.eval()
-        found: Tensor = self.encoder(images)
-        self.train(was_training)
+        with evaluating(self):
+            found: Tensor = self.encoder(images)
         return found

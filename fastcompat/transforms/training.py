@@ -72,7 +72,7 @@ class Training:
             )
         body = nn.ModuleList(modules)
         device = next(body.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             reset(body)
             order = torch.randperm(count)
