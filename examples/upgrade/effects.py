@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Seed = dict[str, Any]
+from .losses import TRAINED
 
-COMPATIBLE = ("BCT", "contra", "RACT", "prototypes", "NDPP", "ODPP")
+Seed = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ EFFECTS = (
             BCT_PAPER,
             lambda seed, name=name: test(seed, name, "cross") - seed["old"]["map"],
         )
-        for name in COMPATIBLE
+        for name in TRAINED
     ),
     Effect(
         "compatible training costs self test: independent above BCT (mAP)",
@@ -91,7 +91,7 @@ EFFECTS = (
             PERTURBATION,
             lambda seed, name=name, which=which: test(seed, name, which) - test(seed, "prototypes", which),
         )
-        for name in ("NDPP", "ODPP")
+        for name in TRAINED[4:]
         for which in ("cross", "self")
     ),
     Effect(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import fastcompat as fc
 from fastcompat.demo.train import BATCH, Recipe, augment, build, embed
 from fastcompat.training import CompatibleStep
 
 from .data import Parts
+from .losses import USES_OLD_FEATURES, Perturbed, compatible_loss
 from .settings import Compatible
-
-Loss = Callable[..., Tensor]
 
 
 def network(images: Tensor, widths: tuple[int, ...], dim: int, seed: int) -> nn.Module:
@@ -37,9 +34,8 @@ def train(
     lr: float,
     seed: int,
     title: str,
-    compatible: Loss | None = None,
+    compatible: Callable[..., Tensor] | None = None,
     old: Tensor | None = None,  # [N, D] old features of all training images
-    each_epoch: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Train with cross-entropy and, weight 1, a compatible loss; return the classifier [C, D].
 
@@ -63,8 +59,8 @@ def train(
         model, optimiser, lambda f, y: F.cross_entropy(head(f), y), compatible, clip_norm=2.0
     )
     for epoch in tqdm(range(epochs), desc=f"{title:>12}", unit="epoch", disable=None):
-        if each_epoch is not None:
-            each_epoch(epoch)
+        if isinstance(compatible, Perturbed):
+            compatible.refresh(epoch)
         order = rows[torch.randperm(len(rows))]
         for chosen in order[: len(rows) // batch * batch].split(batch):
             images = augment(parts.learnt[chosen], recipe)
@@ -105,52 +101,7 @@ def new_model(
     # Not the old model's seed: equal initial heads would align an "independent" model with the old one.
     model = network(parts.learnt, recipe.new_widths, recipe.dim, 2 * seed + 1)
     old_features = old["learnt"][: len(parts.learnt)]  # of the plain images
-    classes = int(parts.labels.max()) + 1
-    prototypes = fc.class_prototypes(old_features, parts.labels, classes)
-    bank = fc.PrototypeBank(
-        prototypes,
-        perturb=partial(fc.ndpp, k=chosen.ndpp_neighbours)
-        if name == "NDPP"
-        else partial(
-            fc.odpp,
-            threshold_old=chosen.odpp_threshold,
-            threshold_new=chosen.odpp_threshold,
-            steps=chosen.odpp_steps,
-        ),
-    )
-
-    def contra(new: Tensor, labels: Tensor, ref_emb: Tensor) -> Tensor:
-        return fc.functional.contrastive_loss(
-            new,
-            ref_emb,
-            query_labels=labels,
-            key_labels=labels,
-            positive=torch.arange(len(new)),
-            temperature=chosen.temperature,
-        )
-
-    running = [fc.RunningPrototypes(classes)]
-
-    def watched(new: Tensor, labels: Tensor) -> Tensor:
-        running[0].add(new, labels)
-        return prototype(new, labels)
-
-    def refresh(epoch: int) -> None:
-        # Those of the last epoch's batches; before the first the new model has none worth the name.
-        bank.refresh(running[0].prototypes() if epoch else prototypes, epoch)
-        running[0] = fc.RunningPrototypes(classes)
-
-    prototype = fc.losses.PrototypeLoss(bank, temperature=chosen.prototype_temperature)
-    losses: dict[str, Loss | None] = {
-        "independent": None,
-        # The old classifier, extended to classes that the old model never saw: mean old features.
-        "BCT": fc.losses.BCTLoss(prototypes, scale=chosen.bct_scale),
-        "contra": contra,
-        "RACT": fc.losses.RACTLoss(temperature=chosen.temperature, k=chosen.hardest),
-        "prototypes": prototype,
-        "NDPP": watched,
-        "ODPP": watched,
-    }
+    loss = compatible_loss(name, old_features, parts.labels, chosen)
     head = train(
         model,
         parts,
@@ -160,8 +111,7 @@ def new_model(
         lr=recipe.new_lr,
         seed=2 * seed + 1,
         title=name,
-        compatible=losses[name],
-        old=old_features if name in ("contra", "RACT") else None,
-        each_epoch=refresh if name in ("NDPP", "ODPP") else None,
+        compatible=loss,
+        old=old_features if name in USES_OLD_FEATURES else None,
     )
     return {"head": head, **features(model, parts, recipe, count)}

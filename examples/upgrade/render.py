@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from fastcompat.report import png
 
 from .effects import EFFECTS
+from .losses import TRAINED
 
 FAMILIES = {
-    "Trained to be compatible": ("BCT", "contra", "RACT", "prototypes", "NDPP", "ODPP"),
+    "Trained to be compatible": TRAINED,
     "Old gallery transformed": ("FCT", "FCT + side", "FastFill"),
     "New query sent back, or two queries": (
         "DRM",
@@ -28,7 +29,7 @@ FAMILIES = {
         "rho + MCL",
     ),
 }
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A8A")
 NAMES = {"DRM": "independent, DRM (two queries)"}
 Row = list[str]
 

@@ -18,9 +18,8 @@ from . import mapped, models
 from .cache import Cache, Stage
 from .data import Parts, divide
 from .judge import Judge, System
+from .losses import TRAINED
 from .settings import Settings
-
-TRAINED = ("BCT", "contra", "RACT", "prototypes", "NDPP", "ODPP")
 
 
 def run(

@@ -18,7 +18,8 @@ class Compatible:
     prototype_temperature: float = 0.07
     bct_scale: float = 30.0
     ndpp_neighbours: int = 10
-    odpp_threshold: float = 0.5
+    odpp_threshold: float = 0.9
+    odpp_threshold_everywhere: float = 0.5
     odpp_steps: int = 100
 
 
@@ -27,7 +28,7 @@ class Mapped:
     """The transforms on top of the independent pair."""
 
     copies: int = 3  # augmented copies of the training images whose features they learn from
-    epochs: int = 10
+    epochs: int = 12
     batch: int = 256
     lr: float = 1e-3
     hidden: int = 256
@@ -54,7 +55,7 @@ class Settings:
 CHARACTERS = Settings(replace(CHARACTERS_RECIPE, new_epochs=6))
 DIGITS = Settings(
     replace(DIGITS_RECIPE, old_epochs=200),  # of one step each
-    Compatible(ndpp_neighbours=3, odpp_threshold=0.3),
+    Compatible(ndpp_neighbours=3, odpp_threshold=0.3, odpp_threshold_everywhere=0.3),
     Mapped(copies=8, side_epochs=200),
 )
 
