@@ -3,8 +3,8 @@
     python examples/upgrade_omniglot.py --data images_background_small1.zip --out upgrade
 
 trains an old model, new models with every compatible loss, and transforms on top of the independent pair;
-walks each through the backfill in random and in uncertainty order; and writes `results.json`, `tables.md`
-and `curves.png`. It can be interrupted: what is in the folder is not made again, unless a setting changed.
+walks each through the backfill in random and in uncertainty order; and writes `results.json`, `results.md`
+and `results.png`. It can be interrupted: what is in the folder is not made again, unless a setting changed.
 `--data` takes a folder or zip of images with one sub-folder per class (Omniglot), or `digits`.
 """
 
@@ -34,8 +34,13 @@ def main() -> None:
     )
     parser.add_argument("--validation", action="store_true", help="judge on a part of the training classes")
     chosen = parser.parse_args()
+    if chosen.seeds < 1:
+        parser.error(f"`--seeds` must be at least 1: got {chosen.seeds}")
+    try:
+        data = load(chosen.data)
+    except ValueError as error:
+        parser.error(str(error))
 
-    data = load(chosen.data)
     options = settings.DIGITS if chosen.data == "digits" else settings.CHARACTERS
     if chosen.quick:
         options = settings.quick(options)
@@ -43,7 +48,7 @@ def main() -> None:
         found = run(data, options, 1 if chosen.quick else chosen.seeds, chosen.out, chosen.validation)
     results = chosen.out / "results.json"
     results.write_text(json.dumps(found))
-    tables, picture = render.write(found, chosen.out)
+    tables, picture = render.write(results)
     print(tables.read_text())
     spent = sum(sum(seed["cpu_seconds"].values()) for seed in found["seeds"])
     print(f"{spent / 60:.1f} CPU minutes. Written: {results}, {tables}, {picture}")

@@ -1,11 +1,11 @@
-"""Tables and picture from the figures: `python -m upgrade.render RESULTS.json [FOLDER]` in `examples/`."""
+"""Tables and picture from the figures: `python -m upgrade.render RESULTS.json` in `examples/`."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -157,21 +157,20 @@ def _names(found: dict[str, Any]) -> list[str]:
     return list(found["seeds"][0]["systems"])
 
 
-def write(found: dict[str, Any], folder: Path) -> list[Path]:
-    """The tables as `tables.md` and the picture as `curves.png`."""
-    tables: tuple[tuple[str, Callable[[dict[str, Any]], list[Row]]], ...] = (
-        ("Tests", quality),
-        ("Backfill", backfill),
-        ("Effects", effects),
-    )
-    text = "\n".join(f"### {title}\n\n{markdown(make(found))}" for title, make in tables)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "tables.md", folder / "curves.png"]
-    paths[0].write_text(text)
-    paths[1].write_bytes(png(picture(found)))
-    return paths
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    """All tables in markdown, by title."""
+    made = {"Tests": quality, "Backfill": backfill, "Effects": effects}
+    return {title: markdown(make(found)) for title, make in made.items()}
+
+
+def write(results: Path) -> list[Path]:
+    """The tables and the picture of a file of results, beside it: as `.md` and as `.png`."""
+    found = json.loads(results.read_text())
+    page, image = results.with_suffix(".md"), results.with_suffix(".png")
+    page.write_text("\n".join(f"### {title}\n\n{table}" for title, table in tables(found).items()))
+    image.write_bytes(png(picture(found)))
+    return [page, image]
 
 
 if __name__ == "__main__":
-    results = Path(sys.argv[1])
-    print(*write(json.loads(results.read_text()), Path(sys.argv[2]) if len(sys.argv) > 2 else results.parent))
+    print(*write(Path(sys.argv[1])))
