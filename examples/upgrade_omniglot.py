@@ -46,11 +46,11 @@ def main() -> None:
         options = settings.quick(options)
     with torch.random.fork_rng(devices=[]):
         found = run(data, options, 1 if chosen.quick else chosen.seeds, chosen.out, chosen.validation)
+    spent = sum(sum(seed.pop("cpu_seconds").values()) for seed in found["seeds"])
     results = chosen.out / "results.json"
     results.write_text(json.dumps(found))
     tables, picture = render.write(results)
     print(tables.read_text())
-    spent = sum(sum(seed["cpu_seconds"].values()) for seed in found["seeds"])
     print(f"{spent / 60:.1f} CPU minutes. Written: {results}, {tables}, {picture}")
 
 
