@@ -122,7 +122,7 @@ def picture(found: dict[str, Any]) -> Figure:
                     _curve(top, seeds, name, order, "map", colour, dash, 1.0)
                     _curve(bottom, seeds, name, order, "lost", colour, dash, 100.0)
         bottom.set_xlabel("share of the gallery re-embedded, %")
-        top.legend(fontsize=8, loc="lower right")
+        top.legend(fontsize=8, loc="best")
         for panel in (top, bottom):
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)

@@ -178,3 +178,12 @@ def test_tables_show_mean_and_deviation():
     assert len(claims) == len(effects.EFFECTS) + 1
     assert render.pm([0.25]) == "0.250"
     assert render.markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |\n"
+
+
+@pytest.mark.parametrize("name", ["omniglot", "digits"])
+def test_the_page_shows_the_tables_of_its_results(name: str):
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "upgrade-experiment.md").read_text()
+    for table in render.tables(json.loads((docs / f"experiment-{name}.json").read_text())).values():
+        assert table in page
+    assert f"experiment-{name}.png" in page and (docs / f"experiment-{name}.png").exists()
