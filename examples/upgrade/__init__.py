@@ -1,0 +1,1 @@
+"""The parts of the experiment that `examples/upgrade_omniglot.py` runs."""
