@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
 # Everything that can be said of the CUDA kernels without a GPU: device tests under all schedules and sanitizers, then
 # every kernel compiled for every architecture and its machine code checked (tests/device/report.py).
+# run.sh [plain] [address] [thread] [report]: these parts alone; without names, all of them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=build/device
+parts=${*:-plain address thread report}
 cmake -S tests/device -B "$build" -G Ninja > /dev/null
-cmake --build "$build"
-ctest --test-dir "$build" --output-on-failure --parallel "$(nproc)"
-python3 tests/device/report.py --json "$build/compile_report.json"
+for part in $parts; do
+  if [ "$part" = report ]; then
+    python3 tests/device/report.py --json "$build/compile_report.json"
+  else
+    cmake --build "$build" --target "$part" > /dev/null
+    ctest --test-dir "$build" --output-on-failure --parallel "$(nproc)" --tests-regex "\.$part(\$|\.)"
+  fi
+done
