@@ -44,7 +44,7 @@ def describe() -> dict[str, Any]:
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """Return the best rates seen in GF/s: multiply-adds in registers, and torch's own matrix product."""
+    """Return the best rates seen: GF/s of multiply-adds and of torch's product, GB/s of reads."""
     torch.set_num_threads(threads)
     library = _peak_library()
     rates = {}
@@ -53,7 +53,13 @@ def peaks(threads: int) -> dict[str, float]:
         rates[f"{name} torch.mm"] = _best(partial(_product, a))
         if library:
             rates[name] = _best(partial(_on_threads, getattr(library, f"{name}_peak"), threads))
+    rates["read GB/s"] = _best(partial(_read, torch.ones(25_600_000)))  # as many bytes as 100,000 keys of 256
     return rates
+
+
+def _read(x: torch.Tensor) -> float:
+    x.sum()
+    return float(x.nbytes)
 
 
 def _product(a: torch.Tensor) -> float:

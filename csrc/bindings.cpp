@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "fastcompat.h"
+#ifdef FASTCOMPAT_CUDA
+#include "cuda/engine.h"
+#endif
 
 namespace py = pybind11;
 using namespace fastcompat;
@@ -34,19 +37,134 @@ SoftmaxProblem problem_of(const ProblemTuple& t) {
           pointer<int64_t>(exclude)};
 }
 
-// (query, keys, dtype, D, query stride, keys stride, N, rows, count, scale, offset)
+// (query, keys, dtype, D, query stride, keys stride, N, rows, count, scale, offset, packed)
 using SegmentTuple =
-    std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, Address, int64_t, float, float>;
+    std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, Address, int64_t, float, float, Address>;
 
 Segment segment_of(const SegmentTuple& t, int64_t B) {
-  const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset] = t;
+  const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset, packed] = t;
   const DType type = static_cast<DType>(dtype);
   return {{pointer<void>(query), type, B, D, query_stride},
           {pointer<void>(keys), type, N, D, keys_stride},
           pointer<int64_t>(rows),
           count,
           scale,
-          offset};
+          offset,
+          pointer<float>(packed)};
+}
+
+#ifdef FASTCOMPAT_CUDA
+struct GpuRun {
+  cuda::Launch launch;   // without scratch
+  py::function scratch;  // bytes -> address of that much device memory, which stays until the caller lets it go
+
+  cuda::Launch with(size_t bytes) const {
+    cuda::Launch full = launch;
+    if (bytes) {
+      py::gil_scoped_acquire gil;
+      full.scratch = pointer<void>(scratch(bytes).cast<Address>());
+    }
+    return full;
+  }
+};
+
+void softmax_stats(const SoftmaxProblem& problem, const SoftmaxStats& out, const GpuRun& run) {
+  cuda::softmax_stats(problem, out, run.with(cuda::softmax_stats_scratch(problem, out.mean, run.launch)));
+}
+
+void softmax_query_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, const float* mean, void* dquery,
+                        float* dscale, const GpuRun& run) {
+  const size_t bytes = cuda::softmax_query_grad_scratch(problem, grads, run.launch);
+  cuda::softmax_query_grad(problem, grads, mean, dquery, dscale, run.with(bytes));
+}
+
+void softmax_key_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, void* dkeys, float* dbias,
+                      const GpuRun& run) {
+  const size_t bytes = cuda::softmax_key_grad_scratch(problem, grads, dkeys, dbias, run.launch);
+  cuda::softmax_key_grad(problem, grads, dkeys, dbias, run.with(bytes));
+}
+
+void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
+          int64_t* ids, const GpuRun& run) {
+  const size_t bytes = cuda::topk_scratch(segments, k, metric, filter, run.launch);
+  cuda::topk(segments, k, metric, filter, scores, ids, run.with(bytes));
+}
+
+void pair_scores(const Segment& segment, Metric metric, const int64_t* ids, int64_t targets, float* out,
+                 const GpuRun& run) {
+  const size_t bytes = cuda::pair_scores_scratch(segment, metric, targets, run.launch);
+  cuda::pair_scores(segment, metric, ids, targets, out, run.with(bytes));
+}
+
+void count_beats(const Segment& segment, Metric metric, const int64_t* bounds, int64_t blocks, const float* thresholds,
+                 const int64_t* threshold_ids, int64_t targets, const int64_t* exclude, int64_t* out,
+                 const GpuRun& run) {
+  const size_t bytes = cuda::count_beats_scratch(segment, metric, blocks, targets, run.launch);
+  cuda::count_beats(segment, metric, bounds, blocks, thresholds, threshold_ids, targets, exclude, out, run.with(bytes));
+}
+#endif
+
+using Release = py::call_guard<py::gil_scoped_release>;
+
+// The six kernels of one engine. Run is how they are run: a number of threads on the CPU, a GpuRun on a GPU.
+template <class Run>
+void define_kernels(py::module_ m) {
+  m.def(
+      "softmax_stats",
+      [](const ProblemTuple& problem, bool want_mean, Address neg_lse, Address pos_lse, Address pos_sum,
+         Address pos_count, Address mean, const Run& run) {
+        const SoftmaxStats out{pointer<float>(neg_lse), pointer<float>(pos_lse), pointer<float>(pos_sum),
+                               pointer<int64_t>(pos_count), want_mean ? pointer<float>(mean) : nullptr};
+        softmax_stats(problem_of(problem), out, run);
+      },
+      Release());
+  m.def(
+      "softmax_query_grad",
+      [](const ProblemTuple& problem, Address neg_lse, Address pos_lse, Address mean, Address g_neg, Address g_pos,
+         Address g_sum, Address dquery, Address dscale, const Run& run) {
+        const SoftmaxGrads grads{pointer<float>(neg_lse), pointer<float>(pos_lse), pointer<float>(g_neg),
+                                 pointer<float>(g_pos), pointer<float>(g_sum)};
+        softmax_query_grad(problem_of(problem), grads, pointer<float>(mean), pointer<void>(dquery),
+                           pointer<float>(dscale), run);
+      },
+      Release());
+  m.def(
+      "softmax_key_grad",
+      [](const ProblemTuple& problem, Address neg_lse, Address pos_lse, Address g_neg, Address g_pos, Address g_sum,
+         Address dkeys, Address dbias, const Run& run) {
+        const SoftmaxGrads grads{pointer<float>(neg_lse), pointer<float>(pos_lse), pointer<float>(g_neg),
+                                 pointer<float>(g_pos), pointer<float>(g_sum)};
+        softmax_key_grad(problem_of(problem), grads, pointer<void>(dkeys), pointer<float>(dbias), run);
+      },
+      Release());
+  m.def(
+      "topk",
+      [](const std::vector<SegmentTuple>& tuples, int64_t k, int metric, int64_t B, Address query_labels,
+         Address key_labels, Address exclude, Address scores, Address ids, const Run& run) {
+        std::vector<Segment> segments;
+        for (const SegmentTuple& t : tuples) segments.push_back(segment_of(t, B));
+        topk(segments, k, static_cast<Metric>(metric),
+             {pointer<int64_t>(query_labels), pointer<int64_t>(key_labels), pointer<int64_t>(exclude)},
+             pointer<float>(scores), pointer<int64_t>(ids), run);
+      },
+      Release());
+  m.def(
+      "pair_scores",
+      [](const SegmentTuple& segment, int metric, int64_t B, Address ids, int64_t targets, Address out,
+         const Run& run) {
+        pair_scores(segment_of(segment, B), static_cast<Metric>(metric), pointer<int64_t>(ids), targets,
+                    pointer<float>(out), run);
+      },
+      Release());
+  m.def(
+      "count_beats",
+      [](const SegmentTuple& segment, int metric, int64_t B, Address bounds, int64_t blocks, Address thresholds,
+         Address threshold_ids, int64_t targets, Address exclude, Address out, const Run& run) {
+        count_beats(segment_of(segment, B), static_cast<Metric>(metric), pointer<int64_t>(bounds), blocks,
+                    pointer<float>(thresholds), pointer<int64_t>(threshold_ids), targets, pointer<int64_t>(exclude),
+                    pointer<int64_t>(out), run);
+      },
+      Release());
 }
 
 }  // namespace
@@ -68,8 +186,13 @@ PYBIND11_MODULE(_C, m) {
     py::dict d;
     d["version"] = FASTCOMPAT_VERSION;
     d["compiler"] = FASTCOMPAT_COMPILER;
+#ifdef FASTCOMPAT_CUDA
+    d["cuda"] = FASTCOMPAT_CUDA_VERSION;
+    d["cuda_archs"] = py::str(FASTCOMPAT_CUDA_ARCHS).attr("split")(",");
+#else
     d["cuda"] = py::none();
     d["cuda_archs"] = py::list();
+#endif
     d["simd_built"] = simd_built();
     return d;
   });
@@ -77,60 +200,29 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd", &simd);
   m.def("set_simd", &set_simd);
 
-  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def("packed_size", [](const SegmentTuple& t) {
+    const Segment segment = segment_of(t, 0);
+    return packed_size(segment.keys, segment.count);
+  });
   m.def(
-      "softmax_stats",
-      [](const ProblemTuple& problem, bool want_mean, Address neg_lse, Address pos_lse, Address pos_sum,
-         Address pos_count, Address mean, int threads) {
-        const SoftmaxStats out{pointer<float>(neg_lse), pointer<float>(pos_lse), pointer<float>(pos_sum),
-                               pointer<int64_t>(pos_count), want_mean ? pointer<float>(mean) : nullptr};
-        softmax_stats(problem_of(problem), out, threads);
+      "pack",
+      [](const SegmentTuple& segment, int metric, Address out, int threads) {
+        pack(segment_of(segment, 0), static_cast<Metric>(metric), pointer<float>(out), threads);
       },
       Release());
-  m.def(
-      "softmax_query_grad",
-      [](const ProblemTuple& problem, Address neg_lse, Address pos_lse, Address mean, Address g_neg, Address g_pos,
-         Address g_sum, Address dquery, Address dscale, int threads) {
-        const SoftmaxGrads grads{pointer<float>(neg_lse), pointer<float>(pos_lse), pointer<float>(g_neg),
-                                 pointer<float>(g_pos), pointer<float>(g_sum)};
-        softmax_query_grad(problem_of(problem), grads, pointer<float>(mean), pointer<void>(dquery),
-                           pointer<float>(dscale), threads);
-      },
-      Release());
-  m.def(
-      "softmax_key_grad",
-      [](const ProblemTuple& problem, Address neg_lse, Address pos_lse, Address g_neg, Address g_pos, Address g_sum,
-         Address dkeys, Address dbias, int threads) {
-        const SoftmaxGrads grads{pointer<float>(neg_lse), pointer<float>(pos_lse), pointer<float>(g_neg),
-                                 pointer<float>(g_pos), pointer<float>(g_sum)};
-        softmax_key_grad(problem_of(problem), grads, pointer<void>(dkeys), pointer<float>(dbias), threads);
-      },
-      Release());
-  m.def(
-      "topk",
-      [](const std::vector<SegmentTuple>& tuples, int64_t k, int metric, int64_t B, Address query_labels,
-         Address key_labels, Address exclude, Address scores, Address ids, int threads) {
-        std::vector<Segment> segments;
-        for (const SegmentTuple& t : tuples) segments.push_back(segment_of(t, B));
-        topk(segments, k, static_cast<Metric>(metric),
-             {pointer<int64_t>(query_labels), pointer<int64_t>(key_labels), pointer<int64_t>(exclude)},
-             pointer<float>(scores), pointer<int64_t>(ids), threads);
-      },
-      Release());
-  m.def(
-      "pair_scores",
-      [](const SegmentTuple& segment, int metric, int64_t B, Address ids, int64_t targets, Address out, int threads) {
-        pair_scores(segment_of(segment, B), static_cast<Metric>(metric), pointer<int64_t>(ids), targets,
-                    pointer<float>(out), threads);
-      },
-      Release());
-  m.def(
-      "count_beats",
-      [](const SegmentTuple& segment, int metric, int64_t B, Address bounds, int64_t blocks, Address thresholds,
-         Address threshold_ids, int64_t targets, Address exclude, Address out, int threads) {
-        count_beats(segment_of(segment, B), static_cast<Metric>(metric), pointer<int64_t>(bounds), blocks,
-                    pointer<float>(thresholds), pointer<int64_t>(threshold_ids), targets, pointer<int64_t>(exclude),
-                    pointer<int64_t>(out), threads);
-      },
-      Release());
+  define_kernels<int>(m);
+#ifdef FASTCOMPAT_CUDA
+  py::module_ gpu = m.def_submodule("cuda", "the same kernels on a GPU");
+  gpu.def("unusable", &cuda::unusable, py::arg("device"));
+  // What nonfinite_code() put into the flag word of a search call: (side, segment, row).
+  gpu.def("nonfinite", [](unsigned long long code) {
+    return py::make_tuple(code >> 48 & 1 ? "keys" : "query", code >> 49, code & ((1ull << 48) - 1));
+  });
+  py::class_<GpuRun>(gpu, "Run")
+      .def(py::init([](int device, Address stream, int precision, Address scale_factor, py::function scratch) {
+        const auto level = static_cast<cuda::Precision>(precision);
+        return GpuRun{{device, pointer<void>(stream), level, pointer<float>(scale_factor), nullptr}, scratch};
+      }));
+  define_kernels<GpuRun>(gpu);
+#endif
 }

@@ -60,6 +60,7 @@ struct Segment {
   const int64_t* rows;  // [count] row numbers, which are the ids; null: every row in order
   int64_t count;
   float scale, offset;
+  float* packed = nullptr;  // what pack() wrote for these rows, this metric and the instruction set in use
 };
 
 struct TopkFilter {
@@ -67,6 +68,12 @@ struct TopkFilter {
   const int64_t* key_labels;    // indexed by id
   const int64_t* exclude;       // [B] or null
 };
+
+// Numbers that pack() writes; 0 where the instruction set keeps no packed form of such keys.
+int64_t packed_size(const Matrix& keys, int64_t count);
+
+// A copy of a segment's keys as topk wants them: searches that bring it need not convert the keys again.
+void pack(const Segment& segment, Metric metric, float* out, int threads);
 
 void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
           int64_t* ids, int threads);

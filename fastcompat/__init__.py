@@ -6,6 +6,8 @@ from .backfill import BackfillCurve, backfill_curve
 from .evaluate import RetrievalMetrics, retrieval_metrics
 from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
+from .merge import merge_topk
+from .mixed_gallery import MixedGallery
 from .ordering import uncertainty
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
 from .reference import SoftmaxStats
@@ -14,6 +16,7 @@ from .transforms import ForwardTransform, Procrustes, ResidualHead, ReverseQuery
 __all__ = [
     "BackfillCurve",
     "ForwardTransform",
+    "MixedGallery",
     "Procrustes",
     "PrototypeBank",
     "ResidualHead",
@@ -27,6 +30,7 @@ __all__ = [
     "class_prototypes",
     "functional",
     "losses",
+    "merge_topk",
     "mixed_topk",
     "ndpp",
     "odpp",

@@ -11,19 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from . import _native
+from ._native import DTYPES as NATIVE_DTYPES
+from ._native import METRICS as METRICS
+from ._native import NonFiniteError as NonFiniteError
+
 DTYPES = (*NATIVE_DTYPES, torch.float64)
-METRICS = ("cosine", "ip", "l2")
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "native", "reference")
-
-
-class NonFiniteError(ValueError):
-    """A search met NaN or inf: `side` is "query" or "keys", `row` the row of that tensor in that segment."""
-
-    def __init__(self, side: str, segment: int, row: int) -> None:
-        super().__init__(f"NaN or inf in row {row} of the {side} of segment {segment}")
-        self.side, self.segment, self.row = side, segment, row
 
 
 def refuse_nonfinite(error: NonFiniteError, names: Sequence[tuple[str, str]]) -> NoReturn:
@@ -200,10 +195,15 @@ def takes_native(backend: str, query: Tensor) -> bool:
     choice("backend", backend, BACKENDS)
     if backend == "reference":
         return False
-    if query.dtype in NATIVE_DTYPES and query.device.type == "cpu":
+    if query.dtype not in NATIVE_DTYPES:
+        why = f"{query.dtype}"
+    elif reason := _native.not_covered(query.device):
+        why = f"the device {query.device} ({reason})"
+        if backend == "auto" and query.is_cuda and eager():
+            warnings.warn(f"fastcompat runs its plain PyTorch reference: no kernels for {why}", stacklevel=3)
+    else:
         return True
     if backend == "native":
-        why = f"{query.dtype}" if query.dtype not in NATIVE_DTYPES else f"the device {query.device}"
         raise ValueError(f'`backend="native"` does not cover {why}; use "auto" or "reference"')
     return False
 
@@ -225,11 +225,16 @@ def values_readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and eager()
 
 
-def in_range(name: str, value: Tensor | None, size: int, *, none: bool = True) -> None:
-    """Every entry is a row number below `size` or, with `none`, -1 (checked where `values_readable`)."""
-    if value is None or value.numel() == 0 or not values_readable(value):
+def in_range(name: str, value: Tensor | None, size: int, *, none: bool = True, wait: bool = False) -> None:
+    """Every entry is a row number below `size` or, with `none`, -1.
+
+    Checked where `values_readable`; with `wait` also on a GPU, for functions that wait for it anyway.
+    """
+    if value is None or value.numel() == 0:
         return
-    low, high = (int(bound) for bound in torch.aminmax(value))
+    if not values_readable(value) and not (wait and eager() and not torch.cuda.is_current_stream_capturing()):
+        return
+    low, high = torch.stack(torch.aminmax(value)).tolist()
     lowest = -1 if none else 0
     if low < lowest or high >= size:
         raise ValueError(

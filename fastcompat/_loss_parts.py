@@ -120,6 +120,7 @@ def hardest_logits(
         key_labels=key_labels,
         exclude=key_index,
         native=native,
+        report=False,
     )
     wide = torch.promote_types(query.dtype, torch.float32)
     picked = keys[ids.clamp(min=0)]  # [B, k, D]

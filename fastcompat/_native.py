@@ -1,14 +1,15 @@
-"""The only importer of the native module: tensors become pointers, sizes and strides here."""
+"""The only importer of the native module: tensors become pointers, sizes and strides here.
+
+Every operator is written once: `_Call` knows what differs between the engine on the CPU and the one on a GPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from ._checks import METRICS, NATIVE_DTYPES, NonFiniteError
 
 try:
     from . import _C  # type: ignore[attr-defined,unused-ignore]
@@ -18,9 +19,19 @@ except ImportError as error:
         f"and import it from outside the source folder. ({error})"
     ) from error
 
-__all__ = ["NonFiniteError", "build_info", "set_simd", "simd", "simd_levels"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+METRICS = ("cosine", "ip", "l2")
 
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(NATIVE_DTYPES)}
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_PRECISIONS = ("highest", "high", "medium")
+
+
+class NonFiniteError(ValueError):
+    """A search met NaN or inf: `side` is "query" or "keys", `row` the row of that tensor in that segment."""
+
+    def __init__(self, side: str, segment: int, row: int) -> None:
+        super().__init__(f"NaN or inf in row {row} of the {side} of segment {segment}")
+        self.side, self.segment, self.row = side, segment, row
 
 
 def simd_levels() -> list[str]:
@@ -53,21 +64,84 @@ def build_info() -> dict[str, Any]:
     }
 
 
-class _Call:
-    """Turns tensors into pointers and keeps the contiguous copies alive until the kernel has returned."""
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def not_covered(device: torch.device) -> str:
+    """Why no native kernel runs on this device, and what to do about it; empty where they run."""
+    if device.type == "cpu":
+        return ""
+    if device.type != "cuda":
+        return "there are kernels for CPUs and NVIDIA GPUs"
+    if not hasattr(_C, "cuda"):
+        return (
+            "this build has no CUDA kernels: install fastcompat again with nvcc on PATH, "
+            "or with the environment variable FASTCOMPAT_NVCC=pypi"
+        )
+    return str(_C.cuda.unusable(device.index))
 
-    def __init__(self) -> None:
+
+def _precision(dtype: torch.dtype) -> int:
+    """How exact float32 products on a GPU are: torch's setting, by either of its two interfaces."""
+    if dtype != torch.float32:
+        return 0
+    try:
+        return _PRECISIONS.index(torch.get_float32_matmul_precision())
+    except RuntimeError:  # set through torch.backends, which knows "ieee", "tf32" and "none" (the default)
+        return int(torch.backends.cuda.matmul.fp32_precision == "tf32")  # type: ignore[attr-defined,unused-ignore]
+
+
+class _Call:
+    """One call of a kernel: turns tensors into pointers and keeps copies and scratch alive until it returns.
+
+    On a GPU a call returns as soon as it is enqueued; torch's allocator gives memory freed then only to later
+    work on the same stream.
+    """
+
+    def __init__(self, query: Tensor) -> None:
+        self.device, self.dtype = query.device, query.dtype
+        self.gpu = query.is_cuda
         self.kept: list[Tensor] = []
+        self.scale_factor = 0  # address of a number on the GPU that multiplies the scale
+
+    def run(self, kernel: str, *arguments: Any) -> None:
+        if self.gpu:
+            getattr(_C.cuda, kernel)(*arguments, self.launch())
+            return
+        try:
+            getattr(_C, kernel)(*arguments, torch.get_num_threads())
+        except _C.NonFinite as error:
+            raise NonFiniteError(*error.args) from None
+
+    def launch(self) -> Any:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        precision = _precision(self.dtype)
+        return _C.cuda.Run(self.device.index, stream, precision, self.scale_factor, self.scratch)
+
+    def scratch(self, size: int) -> int:
+        self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self.memory.data_ptr()
+
+    def refuse_nonfinite(self) -> None:
+        """Report NaN or inf that a search on a GPU met; waits for it, so not while a graph is captured."""
+        if self.gpu and not torch.cuda.is_current_stream_capturing():
+            code = int(self.memory[:8].view(torch.int64)) % 2**64
+            if code != 2**64 - 1:
+                raise NonFiniteError(*_C.cuda.nonfinite(code))
 
     def flat(self, x: Tensor | None) -> int:
         if x is None:
             return 0
+        self.here(x)
         if not x.is_contiguous():
             x = x.contiguous()
             self.kept.append(x)
         return x.data_ptr()
 
+    def here(self, x: Tensor) -> None:
+        if x.device != self.device:
+            raise ValueError(f"all tensors must be on one device: got {self.device} and {x.device}")
+
     def rows(self, x: Tensor) -> Tensor:
+        self.here(x)
         # The kernels take any row stride, but neighbours within a row must be neighbours in memory.
         if x.stride(1) != 1 and x.shape[1] > 1:
             x = x.contiguous()
@@ -78,7 +152,9 @@ class _Call:
         """The nine arguments that describe a softmax problem, in the order of the operators' schemas."""
         query, keys, scale, scale_tensor, *vectors = arguments
         query, keys = self.rows(query), self.rows(keys)
-        if scale_tensor is not None:
+        if scale_tensor is not None and self.gpu and scale_tensor.device == self.device:
+            self.scale_factor = scale_tensor.data_ptr()  # read on the GPU, so that nobody waits for it
+        elif scale_tensor is not None:
             scale *= scale_tensor.item()
         return (
             query.data_ptr(),
@@ -94,7 +170,13 @@ class _Call:
         )
 
     def segment(
-        self, query: Tensor, keys: Tensor, rows: Tensor | None, scale: float = 1.0, offset: float = 0.0
+        self,
+        query: Tensor,
+        keys: Tensor,
+        rows: Tensor | None,
+        scale: float = 1.0,
+        offset: float = 0.0,
+        packed: int = 0,
     ) -> tuple[Any, ...]:
         query, keys = self.rows(query), self.rows(keys)
         return (
@@ -109,26 +191,31 @@ class _Call:
             keys.shape[0] if rows is None else rows.shape[0],
             scale,
             offset,
+            packed,
         )
 
 
-def _search(kernel: Callable[..., None], *arguments: Any) -> None:
-    try:
-        kernel(*arguments, torch.get_num_threads())
-    except _C.NonFinite as error:
-        raise NonFiniteError(*error.args) from None
+def pack(keys: Tensor, rows: Tensor | None, metric: str) -> Tensor:
+    """The keys (these rows) as `topk` wants them on this instruction set; empty where it wants none."""
+    call = _Call(keys)
+    segment = call.segment(keys[:0], keys, rows)
+    kept = torch.empty(0 if call.gpu else _C.packed_size(segment))
+    if kept.numel():
+        call.run("pack", segment, METRICS.index(metric), kept.data_ptr())
+    return kept
 
 
 def softmax_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op `fastcompat::softmax_stats` on the CPU."""
+    """The op `fastcompat::softmax_stats`."""
     *problem, want_mean = arguments
     query = problem[0]
-    call = _Call()
+    call = _Call(query)
     rows, dim = query.shape
-    neg_lse, pos_lse, pos_sum = (torch.empty(rows, dtype=torch.float32) for _ in range(3))
-    pos_count = torch.empty(rows, dtype=torch.int64)
-    mean = torch.empty((rows if want_mean else 0, dim), dtype=torch.float32)
-    _C.softmax_stats(
+    neg_lse, pos_lse, pos_sum = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    pos_count = query.new_empty(rows, dtype=torch.int64)
+    mean = query.new_empty((rows if want_mean else 0, dim), dtype=torch.float32)
+    call.run(
+        "softmax_stats",
         call.problem(problem),
         want_mean,
         neg_lse.data_ptr(),
@@ -136,42 +223,41 @@ def softmax_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
         pos_sum.data_ptr(),
         pos_count.data_ptr(),
         mean.data_ptr(),
-        torch.get_num_threads(),
     )
     return neg_lse, pos_lse, pos_sum, pos_count, mean
 
 
 def softmax_query_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The op `fastcompat::softmax_query_grad` on the CPU."""
+    """The op `fastcompat::softmax_query_grad`."""
     problem, vectors = arguments[:9], arguments[9:]  # neg_lse, pos_lse, mean, three gradients
     query = problem[0]
-    call = _Call()
-    dquery = torch.empty(query.shape, dtype=query.dtype)
-    dscale = torch.empty(query.shape[0], dtype=torch.float32)
-    _C.softmax_query_grad(
+    call = _Call(query)
+    dquery = query.new_empty(query.shape)
+    dscale = query.new_empty(query.shape[0], dtype=torch.float32)
+    call.run(
+        "softmax_query_grad",
         call.problem(problem),
         *map(call.flat, vectors),
         dquery.data_ptr(),
         dscale.data_ptr(),
-        torch.get_num_threads(),
     )
     return dquery, dscale
 
 
 def softmax_key_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The op `fastcompat::softmax_key_grad` on the CPU."""
+    """The op `fastcompat::softmax_key_grad`."""
     problem, vectors, (want_keys, want_bias) = arguments[:9], arguments[9:-2], arguments[-2:]
     keys = problem[1]
-    call = _Call()
+    call = _Call(keys)
     rows, dim = keys.shape
-    dkeys = torch.empty((rows if want_keys else 0, dim), dtype=keys.dtype)
-    dbias = torch.empty(rows if want_bias else 0, dtype=torch.float32)
-    _C.softmax_key_grad(
+    dkeys = keys.new_empty((rows if want_keys else 0, dim))
+    dbias = keys.new_empty(rows if want_bias else 0, dtype=torch.float32)
+    call.run(
+        "softmax_key_grad",
         call.problem(problem),
         *map(call.flat, vectors),  # neg_lse, pos_lse, three gradients
         dkeys.data_ptr() if want_keys else 0,
         dbias.data_ptr() if want_bias else 0,
-        torch.get_num_threads(),
     )
     return dkeys, dbias
 
@@ -187,16 +273,19 @@ def topk(
     query_labels: Tensor | None,
     key_labels: Tensor | None,
     exclude: Tensor | None,
+    packed: Sequence[Tensor],
+    report: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The op `fastcompat::topk` on the CPU."""
-    call = _Call()
+    """The op `fastcompat::topk`."""
+    call = _Call(query[0])
     every: Sequence[Tensor | None] = rows or [None]
-    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, strict=True)]
+    kept = [p.data_ptr() if p.numel() else 0 for p in packed] or [0] * len(keys)
+    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, kept, strict=True)]
     count = query[0].shape[0]
-    scores = torch.empty((count, k), dtype=torch.float32)
-    ids = torch.empty((count, k), dtype=torch.int64)
-    _search(
-        _C.topk,
+    scores = query[0].new_empty((count, k), dtype=torch.float32)
+    ids = query[0].new_empty((count, k), dtype=torch.int64)
+    call.run(
+        "topk",
         segments,
         k,
         METRICS.index(metric),
@@ -207,15 +296,17 @@ def topk(
         scores.data_ptr(),
         ids.data_ptr(),
     )
+    if report:
+        call.refuse_nonfinite()
     return scores, ids
 
 
 def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> Tensor:
-    """The op `fastcompat::pair_scores` on the CPU."""
-    call = _Call()
-    out = torch.empty(ids.shape, dtype=torch.float32)
-    _search(
-        _C.pair_scores,
+    """The op `fastcompat::pair_scores`."""
+    call = _Call(query)
+    out = query.new_empty(ids.shape, dtype=torch.float32)
+    call.run(
+        "pair_scores",
         call.segment(query, keys, None),
         METRICS.index(metric),
         query.shape[0],
@@ -223,6 +314,7 @@ def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> Tensor
         ids.shape[1],
         out.data_ptr(),
     )
+    call.refuse_nonfinite()
     return out
 
 
@@ -236,13 +328,13 @@ def count_beats(
     metric: str,
     exclude: Tensor | None,
 ) -> Tensor:
-    """The op `fastcompat::count_beats` on the CPU."""
-    call = _Call()
+    """The op `fastcompat::count_beats`."""
+    call = _Call(query)
     count, targets = threshold_ids.shape
     blocks = bounds.shape[0] - 1
-    out = torch.empty((count, targets, blocks), dtype=torch.int64)
-    _search(
-        _C.count_beats,
+    out = query.new_empty((count, targets, blocks), dtype=torch.int64)
+    call.run(
+        "count_beats",
         call.segment(query, keys, rows),
         METRICS.index(metric),
         count,
@@ -254,4 +346,5 @@ def count_beats(
         call.flat(exclude),
         out.data_ptr(),
     )
+    call.refuse_nonfinite()
     return out

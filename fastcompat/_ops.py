@@ -1,4 +1,4 @@
-"""The torch operators `fastcompat::*`: schemas, shapes for torch.compile, and their CPU kernels.
+"""The torch operators `fastcompat::*`: schemas, shapes for torch.compile, and their kernels on CPUs and GPUs.
 
 None of them is differentiable by itself; `_autograd` puts the gradient around them.
 """
@@ -20,7 +20,8 @@ _SCHEMAS = (
     f"softmax_key_grad({_PROBLEM}, Tensor neg_lse, Tensor pos_lse, Tensor? grad_neg, Tensor? grad_pos, "
     "Tensor? grad_sum, bool want_keys, bool want_bias) -> (Tensor, Tensor)",
     "topk(Tensor[] query, Tensor[] keys, Tensor[] rows, float[] scale, float[] offset, SymInt k, str metric, "
-    "Tensor? query_labels, Tensor? key_labels, Tensor? exclude) -> (Tensor, Tensor)",
+    "Tensor? query_labels, Tensor? key_labels, Tensor? exclude, Tensor[] packed, bool report=True) "
+    "-> (Tensor, Tensor)",
     "pair_scores(Tensor query, Tensor keys, Tensor ids, str metric) -> Tensor",
     "count_beats(Tensor query, Tensor keys, Tensor? rows, Tensor bounds, Tensor thresholds, "
     "Tensor threshold_ids, str metric, Tensor? exclude) -> Tensor",
@@ -30,7 +31,8 @@ _library = torch.library.Library("fastcompat", "DEF")  # type: ignore[no-untyped
 for _schema in _SCHEMAS:
     _name = _schema.partition("(")[0]
     _library.define(_schema)  # type: ignore[no-untyped-call]
-    _library.impl(_name, getattr(_native, _name), "CPU")  # type: ignore[no-untyped-call]
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, getattr(_native, _name), _device)  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("fastcompat::softmax_stats")
@@ -55,7 +57,7 @@ def _(query, keys, *rest):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("fastcompat::topk")
-def _(query, keys, rows, scale, offset, k, metric, query_labels, key_labels, exclude):  # type: ignore[no-untyped-def]
+def _(query, keys, rows, scale, offset, k, metric, query_labels, key_labels, exclude, *rest):  # type: ignore[no-untyped-def]
     shape = (query[0].shape[0], k)
     return query[0].new_empty(shape, dtype=torch.float32), query[0].new_empty(shape, dtype=torch.int64)
 

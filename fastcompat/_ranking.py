@@ -122,7 +122,7 @@ class Relevant:
         if exclude is not None:
             exclude = _checks.as_tensor("exclude", exclude)
             _checks.indices("exclude", exclude, names[0], query)
-            _checks.in_range("exclude", exclude.cpu(), len(gallery))
+            _checks.in_range("exclude", exclude, len(gallery), wait=True)
         self._exclude: Tensor | None = exclude
         self.query_labels, self.gallery_labels = query_labels, gallery_labels
         by_label, self._ids = gallery_labels.sort(stable=True)  # [N]

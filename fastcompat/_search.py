@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from . import _checks, _ops, reference
+from . import _checks, _native, _ops, reference
 from .reference import Segment
 
 Names = Sequence[tuple[str, str]]
@@ -29,8 +29,14 @@ def topk(
     exclude: Tensor | None = None,
     native: bool,
     names: Names = (("query", "keys"),),
+    report: bool = True,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Best k over one or more segments (`reference.topk`); `names[s]` is what the caller calls segment s."""
+    """Best k over one or more segments (`reference.topk`); `names[s]` is what the caller calls segment s.
+
+    Without `report` a GPU is not waited for, and NaN or inf there goes unnoticed. `packed` is what `pack`
+    made of the segments, on the CPU.
+    """
     segments = [Segment(p.query.detach(), p.keys.detach(), p.rows, p.scale, p.offset) for p in segments]
     try:
         if not native:
@@ -39,10 +45,20 @@ def topk(
         chosen = [part for part in rows if part is not None]
         _checks.no_transforms(forward_mode=False)
         sets = (query_labels, key_labels, exclude)
-        found: tuple[Tensor, Tensor] = _ops.topk(query, keys, chosen, scale, offset, k, metric, *sets)
+        found: tuple[Tensor, Tensor] = _ops.topk(
+            query, keys, chosen, scale, offset, k, metric, *sets, packed, report
+        )
         return found
     except _checks.NonFiniteError as error:
         _checks.refuse_nonfinite(error, names)
+
+
+def pack(segment: Segment, metric: str, names: tuple[str, str]) -> Tensor:
+    """The segment's keys as the native search on the CPU wants them (`_native.pack`)."""
+    try:
+        return _native.pack(segment.keys.detach(), segment.rows, metric)
+    except _checks.NonFiniteError as error:
+        _checks.refuse_nonfinite(error, (names,))
 
 
 def pair_scores(

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Search in a gallery that is only partly re-embedded."""
 
 from __future__ import annotations
@@ -69,10 +68,10 @@ def mixed_topk(
     _checks.rows("query_new", pairs[1][0], "query_old", pairs[0][0])
     _checks.rows("new", pairs[1][1], "old", pairs[0][1])
     _checks.same_device("new", pairs[1][1], "old", pairs[0][1])
-    done = _backfilled(backfilled, pairs[0][1])
+    done = backfilled_mask(backfilled, pairs[0][1])
     k = _checks.positive_int("k", k)
     _checks.choice("metric", metric, _checks.METRICS)
-    scales, offsets = _two_numbers("scale", scale), _two_numbers("offset", offset)
+    scales, offsets = two_numbers("scale", scale), two_numbers("offset", offset)
     native = all([_checks.takes_native(backend, query) for query, _ in pairs])
 
     parts: list[Segment] = []
@@ -89,7 +88,8 @@ def mixed_topk(
     return best, ids
 
 
-def _backfilled(value: Any, old: Tensor) -> Tensor:
+def backfilled_mask(value: Any, old: Tensor) -> Tensor:
+    """Which items [N] of the gallery count with their new vector."""
     mask = _checks.as_tensor("backfilled", value)
     if mask.dtype != torch.bool:
         raise TypeError(f"`backfilled` must be bool: got {mask.dtype}; write `backfilled != 0`")
@@ -100,7 +100,8 @@ def _backfilled(value: Any, old: Tensor) -> Tensor:
     return mask
 
 
-def _two_numbers(name: str, value: Sequence[float]) -> tuple[float, float]:
+def two_numbers(name: str, value: Sequence[float]) -> tuple[float, float]:
+    """A finite number for the old scores and one for the new."""
     try:
         first, second = (float(number) for number in value)
     except (TypeError, ValueError):

@@ -1,23 +1,22 @@
-"""Backfill curves as a picture, and a report as files that appear complete or not at all."""
+"""Backfill curves as a picture, and a report of them as files."""
 
 from __future__ import annotations
 
 import base64
 import io
-import os
-import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ._native import build_info
 from .backfill import BackfillCurve
 
 # Okabe and Ito's colours, safe for colour-blind readers; the dashes help in print.
@@ -110,57 +109,24 @@ def png(fig: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def html(template: str, picture: bytes, **values: Any) -> bytes:
-    """Fill one of the package's templates; the picture is embedded, so that the page is one file."""
-    text = files("fastcompat").joinpath("templates", template).read_text(encoding="utf-8")
+def pages(
+    picture: Figure,
+    figures: dict[str, Any],
+    title: str,
+    description: str,
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[tuple[str, str]],
+    *,
+    seed: int,
+    seconds: float,
+    name: str = "report.html",
+) -> dict[str, bytes]:
+    """A report's files by name: the page, with its picture embedded, the picture alone, and all figures."""
+    run = {"seconds": seconds, "build": build_info(), "torch": torch.__version__}
+    text = files("fastcompat").joinpath("templates", "report.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(text)
-    return page.render(picture=base64.b64encode(picture).decode(), **values).encode()
-
-
-class OutputFolder:
-    """A folder that is known to be writable before the work starts.
-
-    `write` puts complete files there; leaving the `with` block without it leaves nothing behind. Raises
-    ValueError if the folder cannot be made or written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._made: list[Path] = []
-
-    def __enter__(self) -> OutputFolder:
-        try:
-            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-            for folder in reversed(missing):
-                folder.mkdir()
-                self._made.append(folder)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
-            self.__exit__()
-            raise ValueError(
-                f"`--out`: cannot write to the folder `{self.path}` ({error.strerror}); name another one"
-            ) from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for folder in reversed(self._made):
-            with suppress(OSError):  # not empty: it holds a report
-                folder.rmdir()
-
-    def write(self, contents: Mapping[str, bytes]) -> list[Path]:
-        """Write all files under temporary names first, then rename them into place."""
-        pending: list[tuple[Path, Path]] = []
-        try:
-            for name, content in contents.items():
-                handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=self.path)
-                pending.append((Path(temporary), self.path / name))
-                with os.fdopen(handle, "wb") as file:
-                    file.write(content)
-                os.chmod(temporary, 0o644)
-            for source, target in pending:
-                os.replace(source, target)
-        finally:
-            for source, _ in pending:
-                source.unlink(missing_ok=True)
-        return [target for _, target in pending]
+    values = {"title": title, "description": description, "rows": rows, "notes": notes, "seed": seed}
+    drawn = png(picture)
+    filled = page.render(picture=base64.b64encode(drawn).decode(), **values, **run)
+    numbers = json.dumps(figures | run, indent=1).encode()
+    return {"curves.png": drawn, "figures.json": numbers, name: filled.encode()}

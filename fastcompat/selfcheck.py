@@ -1,12 +1,14 @@
-"""Does every native kernel compute what the reference computes, on every instruction set of this machine?"""
+"""Does every native kernel compute what the reference computes, on every instruction set and GPU here?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from . import _native, _ops, reference
 
@@ -18,29 +20,43 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 @dataclass(frozen=True)
 class Check:
-    """One kernel on one instruction set and dtype; `problem` is empty if it is right."""
+    """One kernel on one instruction set or GPU and one dtype; `problem` is empty if it is right."""
 
     kernel: str
-    simd: str
+    where: str
     dtype: str
     problem: str
 
 
 def run() -> Iterator[Check]:
-    """Check every kernel on every usable instruction set, and leave the one in use as it was."""
+    """Check every kernel on every usable instruction set and GPU, and leave the set in use as it was."""
     before = _native.simd()
     try:
         for simd in _native.simd_levels():
             _native.set_simd(simd)
-            for dtype in TOLERANCE:
-                for kernel, check in CHECKS.items():
-                    try:
-                        problem = check(dtype)
-                    except Exception as error:  # a kernel that raises is a kernel that fails
-                        problem = f"{type(error).__name__}: {error}"
-                    yield Check(kernel, simd, str(dtype).removeprefix("torch."), problem)
+            yield from _everything(simd, torch.device("cpu"))
     finally:
         _native.set_simd(before)
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.device("cuda", index)
+        if not _native.not_covered(gpu):
+            yield from _everything(str(gpu), gpu)
+
+
+def _everything(where: str, device: torch.device) -> Iterator[Check]:
+    for dtype in TOLERANCE:
+        for kernel, check in CHECKS.items():
+            try:
+                problem = check(dtype, device)
+            except Exception as error:  # a kernel that raises is a kernel that fails
+                problem = f"{type(error).__name__}: {error}"
+            yield Check(kernel, where, str(dtype).removeprefix("torch."), problem)
+
+
+def _on(device: torch.device, kernel: Callable[..., Any], *arguments: Any) -> Any:
+    """What the kernel returns on `device`, brought back."""
+    there = tree_map_only(Tensor, lambda x: x.to(device), arguments)
+    return tree_map_only(Tensor, Tensor.cpu, kernel(*there))
 
 
 def _far(found: Tensor, truth: Tensor, dtype: torch.dtype) -> str:
@@ -74,23 +90,25 @@ class _Softmax:
         return next(filter(None, (_far(found, truth, self.dtype) for found, truth in pairs)), "")
 
 
-def _softmax_stats(dtype: torch.dtype) -> str:
+def _softmax_stats(dtype: torch.dtype, device: torch.device) -> str:
     case = _Softmax(dtype)
-    found = _ops.softmax_stats(*case.problem, True)
+    found = _on(device, _ops.softmax_stats, *case.problem, True)
     return case.worst(*zip(found, (*case.truth, case.mean), strict=True))
 
 
-def _softmax_query_grad(dtype: torch.dtype) -> str:
+def _softmax_query_grad(dtype: torch.dtype, device: torch.device) -> str:
     case = _Softmax(dtype)
     neg, pos, *_ = (x.float() for x in case.truth)
-    dquery, dscale = _ops.softmax_query_grad(*case.problem, neg, pos, case.mean.float(), *case.arriving)
+    dquery, dscale = _on(
+        device, _ops.softmax_query_grad, *case.problem, neg, pos, case.mean.float(), *case.arriving
+    )
     return case.worst((dquery, case.gradients[0]), (dscale, case.gradients[2][:, 0]))
 
 
-def _softmax_key_grad(dtype: torch.dtype) -> str:
+def _softmax_key_grad(dtype: torch.dtype, device: torch.device) -> str:
     case = _Softmax(dtype)
     neg, pos, *_ = (x.float() for x in case.truth)
-    dkeys, dbias = _ops.softmax_key_grad(*case.problem, neg, pos, *case.arriving, True, True)
+    dkeys, dbias = _on(device, _ops.softmax_key_grad, *case.problem, neg, pos, *case.arriving, True, True)
     return case.worst((dkeys, case.gradients[1]), (dbias, case.gradients[3]))
 
 
@@ -101,15 +119,27 @@ def _whole_numbers(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return query, keys
 
 
-def _topk(dtype: torch.dtype) -> str:
+def _topk(dtype: torch.dtype, device: torch.device) -> str:
     query, keys = _whole_numbers(dtype)
     rows = torch.arange(KEYS)
     for metric in ("ip", "l2"):
         for parts in ([], [rows[::2], rows[1::2]]):
             sides = max(len(parts), 1)
             scale, offset = [1.0] * sides, [0.0] * sides
-            found = _ops.topk(
-                [query] * sides, [keys] * sides, parts, scale, offset, 10, metric, None, None, None
+            found = _on(
+                device,
+                _ops.topk,
+                [query] * sides,
+                [keys] * sides,
+                parts,
+                scale,
+                offset,
+                10,
+                metric,
+                None,
+                None,
+                None,
+                [],
             )
             truth = reference.topk([reference.Segment(query, keys)], 10, metric)
             if not (torch.equal(found[0], truth[0]) and torch.equal(found[1], truth[1])):
@@ -117,19 +147,21 @@ def _topk(dtype: torch.dtype) -> str:
     return ""
 
 
-def _pair_scores(dtype: torch.dtype) -> str:
+def _pair_scores(dtype: torch.dtype, device: torch.device) -> str:
     query, keys = _whole_numbers(dtype)
     ids = torch.arange(KEYS).repeat(QUERIES, 1)
     for metric in ("cosine", "ip", "l2"):
         problem = _far(
-            _ops.pair_scores(query, keys, ids, metric), reference.scores(query, keys, metric), torch.float32
+            _on(device, _ops.pair_scores, query, keys, ids, metric),
+            reference.scores(query, keys, metric),
+            torch.float32,
         )
         if problem:
             return f"{problem} with metric {metric}"
     return ""
 
 
-def _count_beats(dtype: torch.dtype) -> str:
+def _count_beats(dtype: torch.dtype, device: torch.device) -> str:
     query, keys = _whole_numbers(dtype)
     gen = torch.Generator().manual_seed(2)
     order, targets = torch.randperm(KEYS, generator=gen), torch.randint(KEYS, (QUERIES, 5), generator=gen)
@@ -137,12 +169,12 @@ def _count_beats(dtype: torch.dtype) -> str:
     for metric in ("ip", "l2"):
         bars = reference.pair_scores(query, keys, targets, metric)
         problem = (query, keys, order, bounds, bars, targets, metric, None)
-        if not torch.equal(_ops.count_beats(*problem), reference.count_beats(*problem)):
+        if not torch.equal(_on(device, _ops.count_beats, *problem), reference.count_beats(*problem)):
             return f"wrong counts with metric {metric}"
     return ""
 
 
-CHECKS: dict[str, Callable[[torch.dtype], str]] = {
+CHECKS: dict[str, Callable[[torch.dtype, torch.device], str]] = {
     "softmax_stats": _softmax_stats,
     "softmax_query_grad": _softmax_query_grad,
     "softmax_key_grad": _softmax_key_grad,

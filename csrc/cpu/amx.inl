@@ -15,6 +15,7 @@ struct Amx {
         config[16 + 2 * tile] = 64;
         config[48 + tile] = 16;
       }
+      asm volatile("" : : "r"(config) : "memory");  // gcc 12 takes the next line to read eight bytes alone
       _tile_loadconfig(config);
     }
     Scope(const Scope&) = delete;
@@ -74,30 +75,6 @@ void score_block<Amx>(const float* block, int n, const float* panel, int64_t wor
       add_products(block + (w / CHUNK * NB + first) * CHUNK + w % CHUNK, panel + w * L, two);
     store_sums(scores + first * L, two);
   }
-}
-
-inline void transpose(__m512i (&r)[kSide]) {
-  __m512i t[kSide];
-  for (int i = 0; i < kSide; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < kSide; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-    const __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-    const __m512i odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-    t[4 + j] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-    t[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-  }
-  for (int i = 0; i < kSide; ++i) r[i] = t[i];
 }
 
 // [dim, rounded up to 16][64 words]: a word holds a dimension of two rows. Rows past n are zero.

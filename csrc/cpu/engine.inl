@@ -14,7 +14,13 @@
 // order matters
 #include "select.inl"
 // order matters
-#include "search.inl"
+#include "scores.inl"
+// order matters
+#include "screen.inl"
+// order matters
+#include "topk.inl"
+// order matters
+#include "ranks.inl"
 
 namespace {
 
@@ -54,9 +60,16 @@ void gradient_item(const GradientItem& item, Workspace& ws) {
 
 namespace fastcompat {
 
+#ifdef FASTCOMPAT_BF16
+constexpr bool kScreens = true;
+#else
+constexpr bool kScreens = false;
+#endif
+
 extern const Kernels FASTCOMPAT_TABLE;
 const Kernels FASTCOMPAT_TABLE = {
-    FASTCOMPAT_NAME, forward_item, gradient_item, topk_item, beats_item, pairs_item, factors, store_row, load_row,
+    FASTCOMPAT_NAME, kScreens,   NB,         forward_item, gradient_item, topk_item, packed_floats,
+    pack_item,       beats_item, pairs_item, factors,      store_row,     load_row,
 };
 
 }  // namespace fastcompat

@@ -15,10 +15,10 @@ class Workspace {
   ~Workspace();
   float* floats(int slot, int64_t count);  // 64-byte aligned, contents undefined
   void trim();                             // gives large buffers back
-  static constexpr int kCandidates = 11;   // the one slot that is not the kernels' own
+  static constexpr int kCandidates = 13;   // the one slot that is not the kernels' own
 
  private:
-  static constexpr int kSlots = 12;
+  static constexpr int kSlots = 14;
   void* data_[kSlots] = {};
   int64_t capacity_[kSlots] = {};
 };
@@ -70,7 +70,7 @@ struct SearchSegment {
   int64_t count;
   float scale, offset;
   const float* query_factor;  // [B]
-  const float* key_factor;    // [count], by position
+  float* packed;              // or null
 };
 
 struct TopkItem {
@@ -82,6 +82,7 @@ struct TopkItem {
   int64_t k, capacity;
   int64_t room;  // places of a query: its capacity, and a vector to spare
   TopkFilter filter;
+  int64_t* bad;   // [n_segments] the smallest row that is not finite
   float* scores;  // [n_queries, room]; the best min(k, found) first, in no order
   int32_t* ids;
   int64_t* found;  // [n_queries]
@@ -99,11 +100,13 @@ struct BeatsItem {
   const int64_t* threshold_ids;
   int64_t targets;
   const int64_t* exclude;
+  int64_t* bad;  // the smallest row that is not finite
   int64_t* out;  // [B, P, blocks], added to atomically
 };
 
 struct PairItem {
-  const SearchSegment* segment;  // key_factor [N], by id
+  const SearchSegment* segment;
+  const float* key_factor;  // [N], by id
   Metric metric;
   int64_t first_query, n_queries;
   const int64_t* ids;  // [B, P]
@@ -111,11 +114,23 @@ struct PairItem {
   float* out;  // [B, P]
 };
 
+struct PackItem {
+  RowRange keys;
+  Metric metric;
+  int64_t begin, end;  // positions, begin at the start of a block
+  int64_t* bad;        // the smallest row that is not finite
+  float* out;          // of the block at `begin`
+};
+
 struct Kernels {
   const char* name;
+  bool screens;   // topk looks at bf16 products first
+  int pack_rows;  // rows of a packed block
   void (*forward)(const ForwardItem&, Workspace&);
   void (*gradient)(const GradientItem&, Workspace&);
   void (*topk)(const TopkItem&, Workspace&);
+  int64_t (*packed_floats)(const Matrix& keys);  // of a packed block; 0: there is no packed form
+  void (*pack)(const PackItem&, Workspace&);
   void (*count_beats)(const BeatsItem&, Workspace&);
   void (*pair_scores)(const PairItem&, Workspace&);
   // Per row: 1/norm (cosine), squared norm (l2), 1 (ip). Returns the position of the first row that is not finite, or

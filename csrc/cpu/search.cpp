@@ -10,6 +10,7 @@ namespace fastcompat {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 constexpr int64_t kFactorRows = 512;
 constexpr int64_t kBufferBytes = 16ll << 20;  // candidates of one thread
 
@@ -37,7 +38,7 @@ void check_sizes(const Segment& s) {
 std::vector<float> factors(const RowRange& rows, Metric metric, const char* side, int segment, int threads) {
   std::vector<float> out(static_cast<size_t>(rows.count));
   const int64_t parts = (rows.count + kFactorRows - 1) / kFactorRows;
-  std::atomic<int64_t> bad{std::numeric_limits<int64_t>::max()};
+  std::atomic<int64_t> bad{kNone};
   parallel_for(parts, threads_for(threads, 16, rows.count, rows.matrix.dim), [&](int64_t n, Workspace& ws) {
     RowRange part = rows;
     part.first += n * kFactorRows;
@@ -48,21 +49,49 @@ std::vector<float> factors(const RowRange& rows, Metric metric, const char* side
     for (int64_t seen = bad.load(); at < seen && !bad.compare_exchange_weak(seen, at);) {
     }
   });
-  if (bad.load() != std::numeric_limits<int64_t>::max()) throw NonFinite(side, segment, bad.load());
+  if (bad.load() != kNone) throw NonFinite(side, segment, bad.load());
   return out;
 }
 
+// A segment with its queries' factors; those of the keys are found while they are packed.
 struct Prepared {
-  std::vector<float> query_factor, key_factor;
+  std::vector<float> query_factor;
   SearchSegment segment;
 
   Prepared(const Segment& s, Metric metric, int number, int threads)
       : query_factor(factors({s.query, nullptr, 0, s.query.rows}, metric, "query", number, threads)),
-        key_factor(factors({s.keys, s.rows, 0, s.count}, metric, "keys", number, threads)),
-        segment{s.query, s.keys, s.rows, s.count, s.scale, s.offset, query_factor.data(), key_factor.data()} {}
+        segment{s.query, s.keys, s.rows, s.count, s.scale, s.offset, query_factor.data(), s.packed} {}
 };
 
+void refuse_bad(const std::vector<int64_t>& bad) {
+  for (size_t s = 0; s < bad.size(); ++s)
+    if (bad[s] != kNone) throw NonFinite("keys", static_cast<int>(s), bad[s]);
+}
+
 }  // namespace
+
+int64_t packed_size(const Matrix& keys, int64_t count) {
+  const Kernels& kernel = kernels();
+  return kernel.packed_floats(keys) * ((count + kernel.pack_rows - 1) / kernel.pack_rows);
+}
+
+void pack(const Segment& s, Metric metric, float* out, int threads) {
+  check_sizes(s);
+  const Kernels& kernel = kernels();
+  const int64_t rows = 4 * kernel.pack_rows, floats = 4 * kernel.packed_floats(s.keys);
+  std::vector<int64_t> bad(1, kNone);
+  parallel_for((s.count + rows - 1) / rows, threads_for(threads, 16, s.count, s.keys.dim),
+               [&](int64_t n, Workspace& ws) {
+                 kernel.pack({{s.keys, s.rows, 0, s.count},
+                              metric,
+                              n * rows,
+                              std::min(s.count, (n + 1) * rows),
+                              bad.data(),
+                              out + n * floats},
+                             ws);
+               });
+  refuse_bad(bad);
+}
 
 void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
           int64_t* ids, int threads) {
@@ -84,11 +113,12 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
   const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
   // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
   const int64_t items = threads == 1 ? 1 : 4 * threads;
-  const Plan plan(B, total, block_of(B, 4 * dim, fits), B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096,
-                  items);
+  const int64_t block = block_of(B, kernel.screens ? 2 * dim : 4 * dim, fits);
+  const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096, items);
   std::vector<Candidate> best(plan.splits * B * wanted);
   std::vector<int64_t> found(plan.splits * B);
   std::vector<float> shared(B, -kInf);
+  std::vector<int64_t> bad(parts.size(), kNone);
   threads = threads_for(threads, B, total, dim);
   parallel_for(plan.items(), threads, [&](int64_t n, Workspace& ws) {
     const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
@@ -103,6 +133,7 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
     item.k = wanted;
     item.capacity = capacity;
     item.filter = filter;
+    item.bad = bad.data();
     item.room = capacity + 16;
     item.scores = ws.floats(Workspace::kCandidates, 2 * item.n_queries * item.room);
     item.ids = reinterpret_cast<int32_t*>(item.scores + item.n_queries * item.room);
@@ -113,6 +144,7 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
       for (int64_t c = 0; c < item.found[q]; ++c)
         best[(split * B + first + q) * wanted + c] = {item.scores[q * item.room + c], item.ids[q * item.room + c]};
   });
+  refuse_bad(bad);
   constexpr int64_t kRows = 16;
   parallel_for((B + kRows - 1) / kRows, threads, [&](int64_t n, Workspace&) {
     std::vector<Candidate> all;
@@ -151,11 +183,11 @@ void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t ta
   const std::vector<float> used_factor = factors({s.keys, used.data(), 0, n_used}, metric, "keys", 0, threads);
   std::vector<float> key_factor(static_cast<size_t>(s.keys.rows));
   for (size_t n = 0; n < used.size(); ++n) key_factor[used[n]] = used_factor[n];
-  const SearchSegment segment{s.query,          s.keys, nullptr, s.keys.rows, s.scale, s.offset, query_factor.data(),
-                              key_factor.data()};
+  const SearchSegment segment{s.query, s.keys, nullptr, s.keys.rows, s.scale, s.offset, query_factor.data(), nullptr};
   const int64_t block = block_of(B, 4 * s.query.dim);
   parallel_for((B + block - 1) / block, threads_for(threads, B, targets, s.query.dim), [&](int64_t n, Workspace& ws) {
-    kernel.pair_scores({&segment, metric, n * block, std::min(block, B - n * block), ids, targets, out}, ws);
+    kernel.pair_scores(
+        {&segment, key_factor.data(), metric, n * block, std::min(block, B - n * block), ids, targets, out}, ws);
   });
 }
 
@@ -169,6 +201,7 @@ void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
   std::fill(out, out + B * targets * blocks, 0);
   const Prepared prepared(s, metric, 0, threads);
   const Plan plan(B, s.count, block_of(B, 4 * s.query.dim), 1, 4096);
+  std::vector<int64_t> bad(1, kNone);
   parallel_for(plan.items(), threads_for(threads, B, s.count, s.query.dim), [&](int64_t n, Workspace& ws) {
     const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
     BeatsItem item{&prepared.segment,
@@ -183,9 +216,11 @@ void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
                    threshold_ids,
                    targets,
                    exclude,
+                   bad.data(),
                    out};
     kernel.count_beats(item, ws);
   });
+  refuse_bad(bad);
 }
 
 }  // namespace fastcompat

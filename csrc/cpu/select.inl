@@ -21,6 +21,27 @@ inline int64_t count_above(const float* scores, int64_t n, float limit) {
   return count;
 }
 
+inline float least_of(const float* x, int64_t n) {
+  F least = Simd::set1(x[0]);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) least = Simd::min(least, Simd::load(x + i));
+  float lanes[W];
+  Simd::store(lanes, least);
+  for (; i < n; ++i) lanes[0] = smaller(lanes[0], x[i]);
+  for (int lane = 1; lane < W; ++lane) lanes[0] = smaller(lanes[0], lanes[lane]);
+  return lanes[0];
+}
+
+// Room for W more is read and must hold -inf.
+inline float most_of(const float* x, int64_t n) {
+  F most = Simd::load(x);
+  for (int64_t i = W; i < n; i += W) most = Simd::max(most, Simd::load(x + i));
+  float lanes[W];
+  Simd::store(lanes, most);
+  for (int lane = 1; lane < W; ++lane) lanes[0] = lanes[0] < lanes[lane] ? lanes[lane] : lanes[0];
+  return lanes[0];
+}
+
 // The largest id that a tie at `score` may have if `room` ties are kept.
 inline int32_t last_tie(const float* scores, const int32_t* ids, int64_t n, float score, int64_t room) {
   int64_t low = -1, high = 0x7fffffff;  // at most `low`: too few; at most `high`: enough
@@ -33,36 +54,40 @@ inline int32_t last_tie(const float* scores, const int32_t* ids, int64_t n, floa
   return static_cast<int32_t>(high);
 }
 
-// 1 <= k < n, no NaN. Returns the k-th best score. Scores have room for W more.
-inline float keep_best(float* scores, int32_t* ids, int64_t n, int64_t k) {
+// Where the best k of n end: exactly k are above the bar, or (not `above`) the bar is the k-th best score.
+struct Cut {
+  float bar;
+  bool above;
+};
+
+// 1 <= k < n, no NaN. Scores have room for W more.
+inline Cut kth_best(float* scores, int64_t n, int64_t k) {
   for (int64_t i = n; i < n + W; ++i) scores[i] = -kInf;
-  float least = scores[0], most = scores[0];
-  for (int64_t i = 1; i < n; ++i) {
-    least = scores[i] < least ? scores[i] : least;
-    most = scores[i] > most ? scores[i] : most;
-  }
   // Fewer than k are above `high`, at least k are above `low`.
-  int64_t low = static_cast<int64_t>(order_of(least)) - 1, high = order_of(most), above = -1;
+  int64_t low = static_cast<int64_t>(order_of(least_of(scores, n))) - 1, high = order_of(most_of(scores, n)),
+          above = -1;
   while (high - low > 1 && above != k) {
     const int64_t middle = low + (high - low) / 2;
     above = count_above(scores, n, float_of(static_cast<int32_t>(middle)));
     (above >= k ? low : high) = middle;
   }
-  const bool exact = above == k;  // the k above the bar are the best; else the bar is the k-th best score
-  const float bar = float_of(static_cast<int32_t>(exact ? low : high));
-  const int32_t tie = exact ? -1 : last_tie(scores, ids, n, bar, k - count_above(scores, n, bar));
+  const float bar = float_of(static_cast<int32_t>(above == k ? low : high));
+  return {bar, above == k};
+}
+
+// Returns the k-th best score.
+inline float keep_best(float* scores, int32_t* ids, int64_t n, int64_t k) {
+  const Cut cut = kth_best(scores, n, k);
+  const int32_t tie = cut.above ? -1 : last_tie(scores, ids, n, cut.bar, k - count_above(scores, n, cut.bar));
   int64_t kept = 0;
-  float kth = kInf;
   for (int64_t i = 0; i < n; ++i) {
     const float score = scores[i];
     const int32_t id = ids[i];
-    const bool keep = score > bar || (score == bar && id <= tie);
     scores[kept] = score;
     ids[kept] = id;
-    kth = keep && score < kth ? score : kth;
-    kept += keep;
+    kept += score > cut.bar || (score == cut.bar && id <= tie);
   }
-  return kth;
+  return cut.above ? least_of(scores, k) : cut.bar;
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ struct Simd {
   static F times_pow2(F p, F t) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, set1(-126.0f), _CMP_NLT_UQ), p, min(set1(128.0f), t));
   }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static M gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static M eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static M eq(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }

@@ -40,6 +40,7 @@ struct Simd {
     const F magic = set1(12582912.0f), rounded = (t + magic) - magic;
     return rounded > t ? rounded - 1.0f : rounded;
   }
+  static float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static M gt(F a, F b) { return a > b; }
   static M eq(F a, F b) { return a == b; }
   static M eq(I a, I b) { return a == b; }

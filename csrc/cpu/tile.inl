@@ -39,7 +39,7 @@ struct Bf16 {
 };
 #endif
 
-enum Slot { kLanes, kRows, kRowPairs, kScores, kOut, kState, kConvert, kMisc };
+enum Slot { kLanes, kRows, kRowPairs, kScores, kOut, kState, kConvert, kMisc, kLine, kNorms, kScreen, kFetched };
 
 template <int N>
 struct Int {
@@ -150,22 +150,24 @@ void pack_rows(const RowRange& r, int64_t first, int n, float* block) {
   }
 }
 
+// Always inlined: gcc takes a function of prefetches alone for one without effect, and drops its calls.
+inline __attribute__((always_inline)) void prefetch_row(const Matrix& m, int64_t row) {
+  const char* data = static_cast<const char*>(row_pointer(m, row));
+  const int64_t bytes = m.dim * (m.dtype == DType::f32 ? 4 : 2);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(data + b, 0, 2);
+}
+
 // The next block, fetched into the cache a little with every tile, so that packing it finds it there.
 struct Ahead {
   const RowRange& rows;
   int64_t first;
   int strip, strips;
 
-  // Always inlined: gcc takes a function of prefetches alone for one without effect, and drops its calls.
   inline __attribute__((always_inline)) void fetch(int tile) const {
     constexpr int kTiles = NB / MR;
     const int n = static_cast<int>(smaller<int64_t>(rows.count - first, NB)), parts = strips * kTiles;
-    const int64_t bytes = rows.matrix.dim * (rows.matrix.dtype == DType::f32 ? 4 : 2);
     const int part = strip * kTiles + tile;
-    for (int i = n * part / parts; i < n * (part + 1) / parts; ++i) {
-      const char* row = static_cast<const char*>(row_pointer(rows.matrix, rows.row(first + i)));
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
-    }
+    for (int i = n * part / parts; i < n * (part + 1) / parts; ++i) prefetch_row(rows.matrix, rows.row(first + i));
   }
 };
 
@@ -177,6 +179,31 @@ inline __m512i words_of_two_rows(const float* block, int row, int n, int64_t d) 
   const __m256i even = row < n ? _mm256_loadu_si256((const __m256i*)from) : zero;
   const __m256i odd = row + 1 < n ? _mm256_loadu_si256((const __m256i*)(from + CHUNK)) : zero;
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+// 16 x 16 words: rows become columns.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    const __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    const __m512i odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
+    t[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+    t[4 + j] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 #endif
 

@@ -102,7 +102,7 @@ def topk(
     skipped = _optional("exclude", exclude)
     _checks.pair(q, x)
     check_sets(q, x, *labels, None, skipped)
-    _checks.in_range("exclude", skipped, x.shape[0])
+    _checks.in_range("exclude", skipped, x.shape[0], wait=True)
     native = _checks.takes_native(backend, q)
     found = _search.topk(
         [Segment(q, x)],
@@ -151,8 +151,8 @@ def ranks(
     _checks.pair(q, x)
     _checks.indices("targets", wanted, "query", q, dims=2)
     _checks.indices("exclude", skipped, "query", q, optional=True)
-    _checks.in_range("targets", wanted, x.shape[0])
-    _checks.in_range("exclude", skipped, x.shape[0])
+    _checks.in_range("targets", wanted, x.shape[0], wait=True)
+    _checks.in_range("exclude", skipped, x.shape[0], wait=True)
     native = _checks.takes_native(backend, q)
     if skipped is not None:
         wanted = wanted.masked_fill(wanted == skipped[:, None], -1)

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from .. import _checks, reference
 _BLOCK = 8192  # rows of `transform` at a time
 
 Path = str | os.PathLike[str]
+File = Path | IO[bytes]
 Self = TypeVar("Self", bound="Transform")
 
 
@@ -66,17 +67,17 @@ class Transform(nn.Module):
         given = [part.numpy() for part in whole] if isinstance(features[0], np.ndarray) else whole
         return given[0] if len(given) == 1 else tuple(given)
 
-    def save(self, path: Path) -> None:
-        """Write the transform to one file: constructor arguments and weights, nothing executable."""
+    def save(self, path: File) -> None:
+        """Write constructor arguments and weights to a file, by path or open; nothing in it is executable."""
         torch.save({"kind": type(self).__name__, "options": self.options, "state": self.state_dict()}, path)
 
     @classmethod
-    def load(cls: type[Self], path: Path) -> Self:
+    def load(cls: type[Self], path: File) -> Self:
         """A transform from its file, on the CPU and in eval mode."""
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             kind, options, state = saved["kind"], saved["options"], saved["state"]
-        except FileNotFoundError:
+        except OSError:
             raise
         except Exception as error:
             raise ValueError(f"`path` must be a file written by `save`: {path} is not one") from error
@@ -113,13 +114,14 @@ class Transform(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """In eval mode for a while."""
-    was_training = module.training
+    """In eval mode for a while; then every part is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def reset(module: nn.Module) -> None:

@@ -118,8 +118,8 @@ def op_calls():
         (_ops.softmax_query_grad, (*problem, neg, pos, mean, grad, None, grad)),
         (_ops.softmax_key_grad, (*problem, neg, pos, grad, grad, None, True, False)),
         (_ops.softmax_key_grad, (*problem, neg, pos, None, grad, grad, False, True)),
-        (_ops.topk, ([q], [k], [], [1.0], [0.0], 3, "cosine", y, w, None)),
-        (_ops.topk, ([q, q], [k, k], rows, [1.0, 2.0], [0.0, 1.0], 3, "l2", None, None, None)),
+        (_ops.topk, ([q], [k], [], [1.0], [0.0], 3, "cosine", y, w, None, [])),
+        (_ops.topk, ([q, q], [k, k], rows, [1.0, 2.0], [0.0, 1.0], 3, "l2", None, None, None, [])),
         (_ops.pair_scores, (q, k, ids, "l2")),
         (_ops.count_beats, (q, k, None, torch.tensor([0, 4, 9]), bars, ids, "cosine", None)),
     ]

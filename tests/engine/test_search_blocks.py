@@ -21,7 +21,7 @@ def whole_numbers(rows, dim):
 def native_topk(segments, k, metric, **sets):
     query, keys, rows, scale, offset = map(list, zip(*segments, strict=True))
     named = [sets.get(name) for name in ("query_labels", "key_labels", "exclude")]
-    return _ops.topk(query, keys, rows, scale, offset, k, metric, *named)
+    return _ops.topk(query, keys, rows, scale, offset, k, metric, *named, [])
 
 
 @given(data=st.data())

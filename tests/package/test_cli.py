@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastcompat import _native, _ops, demo, report, selfcheck
+from fastcompat import _native, _ops, demo, selfcheck
+from fastcompat._output import OutputFolder
 from fastcompat.cli import app
 
 COMMAND = "from fastcompat.cli import main; main()"
@@ -230,7 +231,7 @@ def test_an_interrupted_write_keeps_the_report_of_before(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     (tmp_path / "report.html").write_text("before")
-    with report.OutputFolder(tmp_path) as folder, monkeypatch.context() as patch:
+    with OutputFolder(tmp_path) as folder, monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             folder.write({"curves.png": b"now", "report.html": b"now"})

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastcompat import build_info, demo, report
+from fastcompat import demo, report
 from fastcompat.demo import data, train
 from fastcompat.demo.data import ImageSet, split
 
@@ -139,12 +139,13 @@ def test_a_folder_runs_from_end_to_end(tmp_path: Path, count: int, size: int, un
     assert found.unseen is unseen
     assert ("What this data shows" in dict(demo.notes(found))) is unseen
     assert len(json.dumps(found.to_dict(), allow_nan=False)) > 1000
-    picture = report.png(demo.picture(found))
-    with Image.open(BytesIO(picture)) as opened:
+    rows, notes, title = demo.table(found), demo.notes(found), f"on {found.data}"
+    files = report.pages(
+        demo.picture(found), found.to_dict(), title, found.description, rows, notes, seed=0, seconds=1.0
+    )
+    with Image.open(BytesIO(files["curves.png"])) as opened:
         assert opened.format == "PNG"
-    values = {"seconds": 1.0, "build": build_info(), "torch": torch.__version__}
-    rows, notes = demo.table(found), demo.notes(found)
-    page = report.html("demo.html", picture, found=found, rows=rows, notes=notes, **values).decode()
+    page = files["report.html"].decode()
     assert "<b>" not in page and "&lt;b&gt;digits" in page
 
 

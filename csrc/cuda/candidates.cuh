@@ -1,0 +1,266 @@
+// Candidates of a query: intervals that hold their exact scores. Nothing is decided by a screened score: a candidate
+// goes only when k others are certainly better, and where intervals overlap too much to tell, they are rescored on the
+// spot.
+#pragma once
+#include "scores.cuh"
+
+namespace fastcompat::cuda {
+
+constexpr int MAX_SEGMENTS = 16;
+constexpr int64_t NO_ID = -1;
+
+struct Gallery {
+  int n;
+  Space spaces[MAX_SEGMENTS];
+
+  __device__ const Space& of(uint32_t position) const {
+    int s = 0;
+    while (s + 1 < n && position >= spaces[s + 1].start) ++s;
+    return spaces[s];
+  }
+  __device__ int64_t id(uint32_t position) const {
+    const Space& s = of(position);
+    return s.row(position - s.start);
+  }
+};
+
+struct Candidates {
+  float *low, *high;   // equal once the exact score is known; -inf: not a candidate
+  uint32_t* position;  // over all segments
+
+  __host__ __device__ Candidates at(int64_t i) const { return {low + i, high + i, position + i}; }
+};
+
+// Threads that work on one list together.
+struct WarpTeam {
+  static constexpr int size = 32, warps = 1, warp = 0;
+  const int rank = threadIdx.x % 32;
+
+  __device__ void sync() const { __syncwarp(); }
+  __device__ int sum(int x) const { return __reduce_add_sync(ALL_LANES, x); }
+  template <class Key>
+  __device__ Key least(Key x) const {
+#pragma unroll
+    for (int lanes = 16; lanes; lanes /= 2) x = min(x, __shfl_xor_sync(ALL_LANES, x, lanes));
+    return x;
+  }
+  // How many threads before this one keep something, and how many do in all; orders what was read before.
+  __device__ int offset(bool keep, int& total) const {
+    const unsigned kept = __ballot_sync(ALL_LANES, keep);
+    __syncwarp();
+    total = __popc(kept);
+    return __popc(kept & ((1u << rank) - 1));
+  }
+};
+
+template <int THREADS>
+struct BlockTeam {
+  static constexpr int size = THREADS, warps = THREADS / 32;
+  code_t* words;  // [warps], shared
+  const int rank = threadIdx.x, warp = threadIdx.x / 32;
+
+  __device__ explicit BlockTeam(void* shared) : words(static_cast<code_t*>(shared)) {}
+  __device__ void sync() const { __syncthreads(); }
+  __device__ int sum(int x) const {
+    int total;
+    total_of(__reduce_add_sync(ALL_LANES, x), total);
+    return total;
+  }
+  template <class Key>
+  __device__ Key least(Key x) const {
+    x = WarpTeam().least(x);
+    __syncthreads();
+    if (rank % 32 == 0) words[warp] = x;
+    __syncthreads();
+    for (int w = 0; w < warps; ++w) x = min(x, static_cast<Key>(words[w]));
+    return x;
+  }
+  __device__ int offset(bool keep, int& total) const {
+    const unsigned kept = __ballot_sync(ALL_LANES, keep);
+    return total_of(__popc(kept), total) + __popc(kept & ((1u << rank % 32) - 1));
+  }
+
+ private:
+  __device__ int total_of(int of_warp, int& total) const {  // returns the sum over the warps before this one
+    __syncthreads();
+    if (rank % 32 == 0) words[warp] = of_warp;
+    __syncthreads();
+    int before = 0;
+    total = 0;
+    for (int w = 0; w < warps; ++w) {
+      before += w < warp ? static_cast<int>(words[w]) : 0;
+      total += static_cast<int>(words[w]);
+    }
+    return before;
+  }
+};
+
+// The k-th largest of n keys, 1 <= k <= n: sets its bits from the top, counting, until a bound has exactly k above.
+template <class Key, class Team, class KeyOf>
+__device__ Key kth_largest(const Team& team, int n, int k, KeyOf key) {
+  Key bound = 0;
+  for (Key bit = Key(1) << (8 * sizeof(Key) - 1); bit; bit >>= 1) {
+    int count = 0;
+    for (int i = team.rank; i < n; i += team.size) count += key(i) >= (bound | bit);
+    count = team.sum(count);
+    if (count >= k) bound |= bit;
+    if (count == k) break;
+  }
+  Key least = ~Key(0);
+  for (int i = team.rank; i < n; i += team.size)
+    if (key(i) >= bound) least = min(least, key(i));
+  return team.least(least);
+}
+
+// Moves those of n candidates that are kept to the front of `to`, which may be the same list; returns how many.
+template <class Team, class Keep>
+__device__ int move_kept(const Team& team, const Candidates& from, int n, const Candidates& to, Keep keep) {
+  int kept = 0;
+  for (int first = 0; first < n; first += team.size) {
+    const int i = first + team.rank;
+    const bool mine = i < n && keep(i);
+    float low = 0, high = 0;
+    uint32_t position = 0;
+    if (mine) {
+      low = from.low[i];
+      high = from.high[i];
+      position = from.position[i];
+    }
+    int total;
+    const int at = kept + team.offset(mine, total);
+    if (mine) {
+      to.low[at] = low;
+      to.high[at] = high;
+      to.position[at] = position;
+    }
+    kept += total;
+  }
+  team.sync();
+  return kept;
+}
+
+struct Kept {
+  int n;
+  float threshold;  // k candidates of some list reach it; -inf while there are fewer
+  int64_t last_id;  // a tie with the threshold needs a smaller id than this, or NO_ID: not known
+};
+
+// Drops candidates that k others certainly beat, and those that cannot reach `floor`. Leaves at most k, with exact
+// scores, when `exactly` or when more than `room` would stay. `staged` holds n words of faster memory, or is null.
+template <class Team>
+__device__ Kept keep_best(const Team& team, const Gallery& gallery, int64_t query, const Candidates& list, int n, int k,
+                          int room, bool exactly, float floor, uint32_t* staged) {
+  Kept kept = {n, floor, NO_ID};
+  if (n > k) {
+    if (staged)
+      for (int i = team.rank; i < n; i += team.size) staged[i] = order_of(list.low[i]);
+    team.sync();
+    kept.threshold = fmaxf(floor, value_of(kth_largest<uint32_t>(
+                                      team, n, k, [&](int i) { return staged ? staged[i] : order_of(list.low[i]); })));
+  }
+  const float threshold = kept.threshold;
+  int live = 0;
+  for (int i = team.rank; i < n; i += team.size) live += list.high[i] >= threshold;
+  live = team.sum(live);
+  if (!exactly && live <= room) {
+    if (live < n) kept.n = move_kept(team, list, n, list, [&](int i) { return list.high[i] >= threshold; });
+    return kept;
+  }
+  for (int i = team.warp; i < n; i += team.warps) {
+    const float high = list.high[i];
+    const bool live_one = high >= threshold;
+    if (live_one && list.low[i] == high) continue;
+    float score = -CUDART_INF_F;
+    if (live_one) {
+      const uint32_t position = list.position[i];
+      const Space& s = gallery.of(position);
+      score = score_of(s, query, s.query_terms[query], s.row(position - s.start), s.key_terms[position - s.start]);
+    }
+    __syncwarp();
+    if (team.rank % 32 == 0) list.low[i] = list.high[i] = score > -CUDART_INF_F ? score : -CUDART_INF_F;  // not NaN
+  }
+  team.sync();
+  auto code = [&](int i) -> code_t {
+    const float score = list.low[i];
+    return score > -CUDART_INF_F ? rank_code(score, gallery.id(list.position[i])) : 0;
+  };
+  live = 0;
+  for (int i = team.rank; i < n; i += team.size) live += list.low[i] > -CUDART_INF_F;
+  live = team.sum(live);
+  code_t last = 1;
+  if (live >= k) {
+    last = kth_largest<code_t>(team, n, k, code);
+    kept.threshold = score_of_code(last);
+    kept.last_id = id_of_code(last);
+  }
+  kept.n = move_kept(team, list, n, list, [&](int i) { return code(i) >= last; });
+  return kept;
+}
+
+// ---- the last step: one block merges the lists of a query, rescores, sorts and writes
+
+constexpr int MERGE_THREADS = 128, SORTED_IN_SMEM = 2048;
+
+struct Merge {
+  Candidates lists;   // [queries, splits, capacity]
+  const int* counts;  // [queries, splits]
+  int splits, capacity, k;
+  int64_t wanted;  // >= k, the columns of the outputs
+  int64_t first_query;
+  float* scores;  // [B, wanted]
+  int64_t* ids;
+};
+
+// Sorts m codes, greatest first: bitonic merges whose first step mirrors, so that any m will do.
+template <class Team>
+__device__ void sort_codes(const Team& team, code_t* codes, int m) {
+  int whole = 1;
+  while (whole < m) whole *= 2;
+  for (int run = 2; run <= whole; run *= 2)
+    for (int step = run / 2; step; step /= 2) {
+      for (int i = team.rank; i < whole / 2; i += team.size) {
+        const int a = i / step * 2 * step + i % step;
+        const int b = step == run / 2 ? (i / step + 1) * 2 * step - 1 - i % step : a + step;
+        if (b >= m) continue;
+        const code_t x = codes[a], y = codes[b];
+        if (x >= y) continue;
+        codes[a] = y;
+        codes[b] = x;
+      }
+      team.sync();
+    }
+}
+
+// report: merge_kernel 64 registers; LDG.E.128*
+__global__ void __launch_bounds__(MERGE_THREADS)
+    merge_kernel(const __grid_constant__ Merge p, const __grid_constant__ Gallery gallery) {
+  DYN_SMEM(smem);
+  code_t* codes = reinterpret_cast<code_t*>(smem);  // [min(k, SORTED_IN_SMEM)], then the team's words
+  const BlockTeam<MERGE_THREADS> team(codes + min(p.k, SORTED_IN_SMEM));
+  const int64_t query = p.first_query + blockIdx.x, list = static_cast<int64_t>(blockIdx.x) * p.splits;
+  const Candidates all = p.lists.at(list * p.capacity);
+  int n = p.counts[list];
+  for (int s = 1; s < p.splits; ++s)
+    n += move_kept(team, all.at(static_cast<int64_t>(s) * p.capacity), p.counts[list + s], all.at(n),
+                   [](int) { return true; });
+  n = keep_best(team, gallery, query, all, n, p.k, 0, true, -CUDART_INF_F, nullptr).n;
+  n = min(n, p.k);
+  float* scores = p.scores + query * p.wanted;
+  int64_t* ids = p.ids + query * p.wanted;
+  if (p.k > SORTED_IN_SMEM) codes = reinterpret_cast<code_t*>(ids);
+  for (int i = team.rank; i < n; i += team.size) codes[i] = rank_code(all.low[i], gallery.id(all.position[i]));
+  team.sync();
+  sort_codes(team, codes, n);
+  for (int64_t i = team.rank; i < p.wanted; i += team.size) {
+    const code_t code = i < n ? codes[i] : 0;
+    scores[i] = i < n ? score_of_code(code) : -CUDART_INF_F;
+    ids[i] = i < n ? id_of_code(code) : -1;
+  }
+}
+
+inline void merge(const Merge& p, const Gallery& gallery, int64_t queries, void* stream) {
+  const size_t smem = (min(p.k, SORTED_IN_SMEM) + MERGE_THREADS / 32) * sizeof(code_t);
+  launch(merge_kernel, dim3(static_cast<unsigned>(queries)), dim3(MERGE_THREADS), smem, stream, p, gallery);
+}
+
+}  // namespace fastcompat::cuda

@@ -1,0 +1,94 @@
+// Top-k on the portable tier: lays out the scratch, screens segment after segment, merges.
+#include "search_sm80.h"
+#include "segments_sm80.cuh"
+#include "topk_sm80.cuh"
+
+namespace fastcompat::cuda::sm80 {
+namespace {
+
+// Both the layout and the search, so that they cannot differ: without memory it only counts bytes.
+size_t run_topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
+                int64_t* ids, const Launch& launch, bool runs) {
+  if (segments.size() > MAX_SEGMENTS)
+    throw std::invalid_argument("more than " + std::to_string(MAX_SEGMENTS) +
+                                " segments: search in parts and merge the results");
+  const int64_t queries = segments[0].query.rows;
+  int64_t total = 0, longest = 0;
+  for (const Segment& s : segments) {
+    total += s.count;
+    longest = std::max(longest, s.count);
+  }
+  if (total > 0xffffffffll)
+    throw std::invalid_argument("more than 2**32 - 1 keys: search in parts and merge the results");
+  const int64_t wanted = std::min(k, total), capacity = capacity_for(wanted);
+  if (capacity > 0x7fffffff) throw std::invalid_argument("`k` is too large: at most 2**30");
+
+  const int64_t list_bytes = capacity * 12;
+  auto cut = [&](int64_t rows) {
+    const int splits = splits_for(tiles_in(rows), tiles_in(longest), launch.device);
+    return static_cast<int>(std::min<int64_t>(splits, std::max<int64_t>(1, longest / (4 * capacity))));
+  };
+  int64_t batch = std::max<int64_t>(tiles_in(queries), 1) * TILE;
+  batch = std::clamp<int64_t>(limits.candidate_bytes / (list_bytes * cut(batch)) / TILE * TILE, TILE, batch);
+  const int splits = cut(batch);
+
+  Scratch scratch(launch.scratch);
+  code_t* flag = scratch.take<code_t>(1);
+  TopkProblem problem = {};
+  problem.lists = {scratch.take<float>(batch * splits * capacity), scratch.take<float>(batch * splits * capacity),
+                   scratch.take<uint32_t>(batch * splits * capacity)};
+  problem.counts = scratch.take<int>(batch * splits);
+  problem.thresholds = scratch.take<uint32_t>(batch);
+  problem.splits = splits;
+  problem.capacity = static_cast<int>(capacity);
+  problem.k = static_cast<int>(wanted);
+  problem.filter = filter;
+  std::vector<SegmentScreen> screens;
+  int64_t start = 0;
+  for (const Segment& s : segments) {
+    const int n = static_cast<int>(screens.size());
+    screens.emplace_back(s, metric, n, 1, start, batch, flag, scratch);
+    problem.gallery.spaces[n] = screens.back().space();
+    start += s.count;
+  }
+  problem.gallery.n = static_cast<int>(screens.size());
+  if (!runs) return scratch.bytes();
+
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  check(cudaMemsetAsync(flag, 0xff, sizeof *flag, stream), "memset");
+  int64_t first = 0;
+  do {
+    const int64_t end = std::min(first + batch, queries);
+    check(cudaMemsetAsync(problem.counts, 0, static_cast<size_t>(batch * splits) * sizeof(int), stream), "memset");
+    check(cudaMemsetAsync(problem.thresholds, 0, static_cast<size_t>(batch) * sizeof(uint32_t), stream), "memset");
+    for (const SegmentScreen& s : screens) {
+      s.read_queries(first, end, stream);
+      for (int64_t from = 0; from < s.space().segment.count; from += s.block()) {
+        const int64_t to = std::min(from + s.block(), s.space().segment.count);
+        if (first == 0 || s.packs_keys()) s.read_keys(from, to, nullptr, nullptr, stream);
+        if (wanted) s.run<Topk>(problem, first, end, from, to, splits, stream);
+      }
+    }
+    if (first < end)
+      merge({problem.lists, problem.counts, splits, problem.capacity, problem.k, k, first, scores, ids},
+            problem.gallery, end - first, stream);
+    first = end;
+  } while (first < queries);
+  return 0;
+}
+
+}  // namespace
+
+size_t topk_scratch(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter,
+                    const Launch& launch) {
+  Launch sizes = launch;
+  sizes.scratch = nullptr;
+  return run_topk(segments, k, metric, filter, nullptr, nullptr, sizes, false);
+}
+
+void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
+          int64_t* ids, const Launch& launch) {
+  run_topk(segments, k, metric, filter, scores, ids, launch, true);
+}
+
+}  // namespace fastcompat::cuda::sm80

@@ -1,0 +1,108 @@
+"""A pytest plugin that runs the tests of tests/engine, which use CPU tensors, through the CUDA engine.
+
+    PYTHONPATH=tests/cuda pytest -p reroute tests/engine                             # on a GPU
+    PYTHONPATH=tests/cuda pytest -p reroute tests/engine --emulated build/emulated   # without one
+
+The second line takes the native module of that folder, whose GPU is the emulator of tests/device: Python,
+bindings, dispatch, scratch sizes and kernels are the product's, only the device is not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fastcompat import _native, _ops
+
+KERNELS = ("softmax_stats", "softmax_query_grad", "softmax_key_grad", "topk", "pair_scores", "count_beats")
+# About the CPU, or different on a GPU: there an index out of range makes a row NaN, without an error.
+LEFT_OUT = ("test_threads.py", "out_of_range")
+LEFT_OUT_ON_A_GPU = ("strides_do_not_change_a_bit",)  # copies to a GPU are dense; test_device.py has its own
+LEFT_OUT_EMULATED = ("test_more_pairs_than_31_bits_can_number",)  # too slow there
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulated", type=Path, help="folder of a native module with an emulated GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("emulated")
+    if folder is None:
+        config.stash[pytest.StashKey[Any]()] = _carry_to_the_gpu()
+    else:
+        _emulate(folder)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the modules that import what this machine does not have."""
+    if collection_path.suffix != ".py":
+        return None
+    needed = re.findall(r"^(?:import|from) (\w+)", collection_path.read_text(), re.MULTILINE)
+    return any(importlib.util.find_spec(name) is None for name in needed) or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one instruction set of each test, and what holds on a GPU."""
+    left_out = LEFT_OUT + (LEFT_OUT_EMULATED if config.getoption("emulated") else LEFT_OUT_ON_A_GPU)
+    level = _native.simd_levels()[0]
+
+    def wanted(item: pytest.Item) -> bool:
+        return item.callspec.params["simd"] == level and not any(part in item.nodeid for part in left_out)
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = filter(wanted, items)
+
+
+def _carry_to_the_gpu() -> torch.library.Library:
+    """Give CPU tensors the GPU's kernels: there and back."""
+    library = torch.library.Library("fastcompat", "IMPL")
+    for name in KERNELS:
+        library.impl(name, _carried(getattr(_ops, name)), "CPU", allow_override=True)
+    return library
+
+
+def _carried(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def there_and_back(*arguments: Any) -> Any:
+        there = tree_map_only(Tensor, Tensor.cuda, arguments)
+        return tree_map_only(Tensor, Tensor.cpu, kernel(*there))
+
+    return there_and_back
+
+
+def _emulate(folder: Path) -> None:
+    spec = importlib.util.spec_from_file_location("_C", next(folder.glob("_C*.so")))
+    _native._C = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(_native._C)
+    _native._Call = _Emulated
+    torch.cuda.is_current_stream_capturing = lambda: False
+
+
+class _Emulated(_native._Call):
+    """A call whose tensors pretend to live on a GPU; its scratch holds NaN, whatever it is read as."""
+
+    def __init__(self, query: Tensor) -> None:
+        super().__init__(query)
+        self.gpu = True
+        self.behind = torch.empty(0, dtype=torch.uint8)  # the bytes after the scratch
+
+    def run(self, kernel: str, *arguments: Any) -> None:
+        super().run(kernel, *arguments)
+        assert self.behind.eq(255).all(), f"{kernel} wrote past its scratch"
+
+    def launch(self) -> Any:
+        precision = _native._precision(self.dtype)
+        return _native._C.cuda.Run(0, 0, precision, self.scale_factor, self.scratch)
+
+    def scratch(self, size: int) -> int:
+        raw = torch.full((size + 4096,), 255, dtype=torch.uint8)
+        start = -raw.data_ptr() % 256
+        self.memory, self.behind = raw[start : start + size], raw[start + size :]
+        return self.memory.data_ptr()

@@ -1,0 +1,148 @@
+// Search problems and their truth on the host: float64, and the float that every pair is documented to get.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <tuple>
+#include <type_traits>
+
+#include "device_test.h"
+#include "engine.h"
+
+namespace search_cases {
+
+using namespace fastcompat;
+using device_test::Buffer;
+
+constexpr double INF = std::numeric_limits<double>::infinity();
+
+template <class T>
+constexpr DType dtype_of() {
+  if constexpr (std::is_same_v<T, float>) return DType::f32;
+  return std::is_same_v<T, cuda::bf16> ? DType::bf16 : DType::f16;
+}
+
+// Rows on the host, widened, and on the device with `padding` elements of NaN behind each row and `shift` before all.
+struct Rows {
+  int64_t rows, dim;
+  std::vector<float> values;  // [rows, dim]
+  std::shared_ptr<void> memory;
+  Matrix matrix;
+
+  template <class T>
+  static Rows of(std::vector<float> values, int64_t rows, int64_t dim, int64_t padding = 0, int64_t shift = 0) {
+    const int64_t stride = dim + padding;
+    std::vector<T> laid(static_cast<size_t>(shift + rows * stride), T(NAN));
+    for (int64_t i = 0; i < rows * dim; ++i) {
+      const T rounded(values[i]);
+      values[i] = static_cast<float>(rounded);
+      laid[shift + i / dim * stride + i % dim] = rounded;
+    }
+    auto buffer = std::make_shared<Buffer<T>>(laid);
+    return {rows, dim, values, buffer, {buffer->data() + shift, dtype_of<T>(), rows, dim, stride}};
+  }
+  const float* row(int64_t i) const { return values.data() + i * dim; }
+};
+
+inline double dot64(const float* a, const float* b, int64_t dim) {
+  double sum = 0;
+  for (int64_t d = 0; d < dim; ++d) sum += static_cast<double>(a[d]) * b[d];
+  return sum;
+}
+
+// Lane l of 32 adds elements 8l .. 8l + 7 of every 256; then lanes that differ in bit 4, 3, 2, 1, 0 are added.
+inline float dot32(const float* a, const float* b, int64_t dim) {
+  float lanes[32] = {}, next[32];
+  for (int l = 0; l < 32; ++l)
+    for (int64_t first = 8 * l; first < dim; first += 256)
+      for (int64_t d = first; d < std::min(first + 8, dim); ++d) lanes[l] = std::fmaf(a[d], b[d], lanes[l]);
+  for (int bit = 16; bit; bit /= 2) {
+    for (int l = 0; l < 32; ++l) next[l] = lanes[l] + lanes[l ^ bit];
+    std::copy(next, next + 32, lanes);
+  }
+  return lanes[0];
+}
+
+inline double score64(const float* q, const float* k, int64_t dim, Metric metric) {
+  const double dot = dot64(q, k, dim), qq = dot64(q, q, dim), kk = dot64(k, k, dim);
+  if (metric == Metric::ip) return dot;
+  if (metric == Metric::l2) return std::min(0.0, 2 * dot - qq - kk);
+  return qq > 0 && kk > 0 ? dot / std::sqrt(qq) / std::sqrt(kk) : 0;
+}
+
+// What rounding may do to a score: of the dot product (in any order), of norms, of the last operations.
+inline double allowed_error(const float* q, const float* k, int64_t dim, Metric metric) {
+  const double qq = dot64(q, q, dim), kk = dot64(k, k, dim), unit = std::ldexp(static_cast<double>(dim) + 8, -23);
+  if (metric == Metric::cosine) return unit;
+  return unit * (metric == Metric::ip ? std::sqrt(qq * kk) : qq + kk + 2 * std::sqrt(qq * kk)) + 1e-44;
+}
+
+inline float score32(const float* q, const float* k, int64_t dim, Metric metric, float scale = 1, float offset = 0) {
+  auto factor = [&](const float* x) {
+    const float square = dot32(x, x, dim);
+    const double wide = square > 1e-30f && square < 1e37f ? square : dot64(x, x, dim);
+    const double inverse = wide > 0 ? 1 / std::sqrt(wide) : 0;
+    return static_cast<float>(inverse < 3e38 ? inverse : 3e38);
+  };
+  float score = dot32(q, k, dim);
+  if (metric == Metric::cosine)
+    score = score * factor(k) * factor(q);
+  else if (metric == Metric::l2)
+    score = std::fmaf(2, score, -dot32(k, k, dim)) - dot32(q, q, dim);
+  if (metric == Metric::l2 && score > 0) score = 0;
+  return std::fmaf(score, scale, offset) + 0.0f;
+}
+
+struct Part {
+  Rows query, keys;
+  std::vector<int64_t> listed;  // empty and `all`: every row
+  bool all = true;
+  float scale = 1, offset = 0;
+  std::shared_ptr<Buffer<int64_t>> listed_memory = nullptr;
+
+  int64_t count() const { return all ? keys.rows : static_cast<int64_t>(listed.size()); }
+  int64_t row(int64_t position) const { return all ? position : listed[position]; }
+  Segment segment() {
+    if (!all) listed_memory = std::make_shared<Buffer<int64_t>>(listed);
+    return {query.matrix, keys.matrix, all ? nullptr : listed_memory->data(), count(), scale, offset};
+  }
+};
+
+// Ids and scores in the order of the documentation: score down, then id up; -inf and NaN are no candidates.
+using Ranked = std::vector<std::pair<float, int64_t>>;
+inline void sort_ranked(Ranked& all) {
+  std::sort(all.begin(), all.end(),
+            [](auto& a, auto& b) { return std::tuple(-a.first, a.second) < std::tuple(-b.first, b.second); });
+}
+
+// ---- ways to make rows hard to rank
+
+inline std::vector<float> gauss(int64_t rows, int64_t dim, unsigned seed, float sigma = 1) {
+  return device_test::normal<float>(static_cast<size_t>(rows * dim), seed, sigma);
+}
+// All but equal: one row, each element off by a few units in the last place.
+inline std::vector<float> near_ties(int64_t rows, int64_t dim, unsigned seed, float relative) {
+  const auto base = gauss(1, dim, seed), noise = gauss(rows, dim, seed + 1, relative);
+  std::vector<float> out(static_cast<size_t>(rows * dim));
+  for (int64_t i = 0; i < rows * dim; ++i) out[i] = base[i % dim] * (1 + noise[i]);
+  return out;
+}
+// Few different rows, each many times.
+inline std::vector<float> duplicates(int64_t rows, int64_t dim, unsigned seed, int64_t different) {
+  const auto base = gauss(different, dim, seed);
+  std::vector<float> out(static_cast<size_t>(rows * dim));
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < dim; ++d) out[i * dim + d] = base[(i * 7 % different) * dim + d];
+  return out;
+}
+// Norms from 10^-decades to 10^decades, and a zero row here and there.
+inline std::vector<float> mixed_norms(int64_t rows, int64_t dim, unsigned seed, double decades) {
+  auto out = gauss(rows, dim, seed);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float factor = i % 13 == 5 ? 0.0f : static_cast<float>(std::pow(10, decades * std::sin(1.7 * i + seed)));
+    for (int64_t d = 0; d < dim; ++d) out[i * dim + d] *= factor;
+  }
+  return out;
+}
+
+}  // namespace search_cases

@@ -1,0 +1,67 @@
+"""README.md and docs/performance.md show what the committed benchmark result says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def publish(root: Path, argument: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "bench/publish.py", argument]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+def test_pages_are_up_to_date() -> None:
+    found = publish(ROOT, "--check")
+    assert found.returncode == 0, found.stderr
+    assert (ROOT / "docs" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for part in ("bench", "docs"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", ("README.md", "docs/performance.md"))
+def test_a_wrong_figure_is_found_and_put_right(page: str, copy: Path) -> None:
+    text = (copy / page).read_text()
+    result = re.search(r"<!-- measured: (\S+) -->", text)
+    assert result
+    wrong = text[: result.end()] + text[result.end() :].replace("3.9", "9.3", 1)
+    assert wrong != text
+    (copy / page).write_text(wrong)
+    (copy / "docs" / "roofline.png").unlink()
+    found = publish(copy, "--check")
+    assert found.returncode == 1 and f"{page} does not show {result[1]}" in found.stderr
+    assert publish(copy, result[1]).returncode == 0
+    assert (copy / page).read_text() == text
+    assert (copy / "docs" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_slower_size_is_bold_and_a_missed_target_is_not(copy: Path) -> None:
+    file = next((copy / "bench" / "results").glob("*.json"))
+    run = json.loads(file.read_text())
+    for entry in run["benchmarks"]:
+        case = entry["extra_info"]
+        for side in case["sides"].values():
+            side["median"], side["peak_extra"] = 1.0, 2 << 30
+        case["sides"]["ours"]["median"] = 2.0
+    file.write_text(json.dumps(run))
+    assert publish(copy, file.relative_to(copy).as_posix()).returncode == 0
+    readme, pages = (copy / "README.md").read_text(), (copy / "docs" / "performance.md").read_text()
+    short = readme.partition("measured:")[2].partition("<!-- end")[0]
+    cells = re.findall(r"(?<=\| )[*\d.]+x[*]*(?= \|)", short)
+    assert len(cells) > 20 and set(cells) == {"**0.5x**"}
+    targets = pages.partition("### Targets")[2].partition("###")[0]
+    assert "0.50 (" in targets and "**0.50**" not in targets
