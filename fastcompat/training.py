@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .transforms.base import evaluating
+
 
 @torch.no_grad()
 def cached_features(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> Tensor:
@@ -26,15 +28,10 @@ def cached_features(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor
         ValueError: there is no batch.
     """
     device = next((weight.device for weight in model.parameters()), None)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         features = [
             model((batch if isinstance(batch, Tensor) else batch[0]).to(device)).detach() for batch in batches
         ]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not features:
         raise ValueError("`batches` must hold at least one batch of images: got none")
     return torch.cat(features)
