@@ -19,13 +19,16 @@ class ResidualHead(Transform):
     """`rho(n) = n^ + MLP(n^)`: a learned head on the new model whose output the gallery stores.
 
     The MLP is Linear-BatchNorm-ReLU-Linear and starts at zero, so that training begins at the new model
-    itself. It is trained together with a `ReverseQueryTransform` (`fit(..., head=rho)`). Seo et al., "Online
-    Backfilling with No Regret for Large-Scale Image Retrieval", arXiv 2301.03767 (reconstructed: the form of
-    the head is ours).
+    itself. It is trained together with the `ReverseQueryTransform` that works on top of it. Seo et al.,
+    "Online Backfilling with No Regret for Large-Scale Image Retrieval", arXiv 2301.03767 (reconstructed: the
+    form of the head is ours).
 
     Args:
         d_new: columns of the new features.
         hidden: width of the MLP; default: 2 d_new.
+
+    Attributes:
+        history: training and held-out loss of every epoch of the last `fit`.
     """
 
     def __init__(self, d_new: int, *, hidden: int | None = None) -> None:
@@ -33,6 +36,7 @@ class ResidualHead(Transform):
         hidden = 2 * d_new if hidden is None else _checks.positive_int("hidden", hidden)
         super().__init__({"new": d_new}, ("stored",), {"d_new": d_new, "hidden": hidden})
         self.mlp = nn.Sequential(block(d_new, hidden), nn.Linear(hidden, d_new))
+        self.history: list[tuple[float, float]] = []
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -46,6 +50,32 @@ class ResidualHead(Transform):
         unit = F.normalize(new)
         stored: Tensor = unit + self.mlp(unit)
         return stored
+
+    def fit(
+        self, old: Any, new: Any, labels: Any, *, psi: ReverseQueryTransform | None = None, **training: Any
+    ) -> ResidualHead:
+        """Learn the head and the transform on top of it: `psi.fit(..., head=self)`, weighted as suits a head.
+
+        Args:
+            old: [N, d_old], tensor or NumPy array.
+            new: [N, d_new].
+            labels: int64 [N].
+            psi: the transform that is trained with it, and then makes old queries of the head's output;
+                default: one that is dropped afterwards, which leaves a head for the new gallery alone.
+            training: keywords of `ReverseQueryTransform.fit`; `weight` is 1 here, and `compatible`
+                `MetricCompatibleLoss(temperature=0.1)`.
+
+        Returns:
+            The head itself, in eval mode, with the weights of the best epoch.
+
+        Raises:
+            ValueError, TypeError: arguments that do not fit; NaN or inf, naming the first bad row.
+        """
+        if psi is None:
+            psi = ReverseQueryTransform(self.options["d_new"], as_features(old=old)[0].shape[1])
+        suited: dict[str, Any] = {"weight": 1.0, "compatible": MetricCompatibleLoss(temperature=0.1)}
+        self.history = psi.fit(old, new, labels, head=self, **suited | training).history
+        return self
 
 
 class ReverseQueryTransform(Transform):

@@ -179,13 +179,23 @@ def test_the_l2_distance_reaches_the_lengths_too():
 def test_the_head_is_trained_with_psi():
     seen, unseen = spaces()
     psi, rho = fc.ReverseQueryTransform(24, 16), fc.ResidualHead(24)
-    compatible = fc.losses.MetricCompatibleLoss(temperature=0.1)
-    psi.fit(seen["old"], seen["new"], seen["labels"], head=rho, compatible=compatible, weight=1.0, **QUIET)
+    assert rho.fit(seen["old"], seen["new"], seen["labels"], psi=psi, **QUIET) is rho
+    assert rho.history == psi.history
     stored = rho.transform(unseen["new"])
     assert cross_map(stored, stored, unseen) > cross_map(unseen["new"], unseen["new"], unseen)
     assert cross_map(psi.transform(stored), unseen["old"], unseen) > cross_map(
         unseen["old"], unseen["old"], unseen
     )
+
+
+def test_a_head_fits_alone_as_with_its_psi():
+    seen, _ = spaces()
+    psi, twin, rho = fc.ReverseQueryTransform(24, 16), fc.ResidualHead(24), fc.ResidualHead(24)
+    short = QUIET | {"epochs": 2}
+    compatible = fc.losses.MetricCompatibleLoss(temperature=0.1)
+    psi.fit(seen["old"], seen["new"], seen["labels"], head=twin, compatible=compatible, weight=1.0, **short)
+    rho.fit(seen["old"], seen["new"], seen["labels"], **short)
+    assert torch.equal(rho(seen["new"]), twin(seen["new"]))
 
 
 @pytest.mark.parametrize(("d_src", "d_dst"), [(12, 12), (9, 14), (14, 9)])
