@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,9 @@ def test_info_needs_no_extra(tmp_path: Path):
 def test_ctrl_c_leaves_nothing(tmp_path: Path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", COMMAND, "demo", "--out", str(out)]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+    # A shell's background jobs ignore the signal, and so would this one if the tests run in such a job.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, preexec_fn=heed)
     while not out.exists() and process.poll() is None:  # made just before training
         time.sleep(0.02)
     assert out.exists()
