@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Ranks of relevant items and the figures made of them: what `evaluate` and `backfill` share."""
 
 from __future__ import annotations

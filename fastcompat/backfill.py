@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What users gain and lose at every moment of a backfill, in one pass over the gallery."""
 
 from __future__ import annotations

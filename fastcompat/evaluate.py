@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Exact retrieval quality from the rank of every relevant item, without a table of all scores."""
 
 from __future__ import annotations
