@@ -27,16 +27,16 @@ class _State:
 
     def __init__(self, new: Tensor | None, backfilled: Tensor) -> None:
         self.new, self.backfilled = new, backfilled
-        self._packed: dict[tuple[int, str], Tensor | None] = {}  # None: asked for once
+        self._packed: dict[tuple[tuple[str, str], str], Tensor | None] = {}  # None: asked for once
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
         """The rows that count with their old and with their new vector."""
         return (~self.backfilled).nonzero()[:, 0], self.backfilled.nonzero()[:, 0]
 
-    def packed(self, side: int, part: Segment, metric: str, names: tuple[str, str]) -> Tensor:
+    def packed(self, part: Segment, metric: str, names: tuple[str, str]) -> Tensor:
         """The keys as the search kernels want them, from the second search of this state on; else empty."""
-        name = (side, _native.simd())
+        name = (names, _native.simd())
         kept = self._packed.get(name)
         if kept is None and name in self._packed:
             kept = _search.pack(part, metric, names)
@@ -135,7 +135,6 @@ class MixedGallery:
         state, names = self._state, (("query_old", "old"), ("query_new", "new"))
         sides = zip((query_old, query_new), (self._old, state.new), state.rows, strict=True)
         parts: list[Segment] = []
-        packed: list[Tensor] = []
         used: list[tuple[str, str]] = []
         queries: list[tuple[str, Tensor]] = []
         for s, (given, keys, rows) in enumerate(sides):
@@ -157,12 +156,11 @@ class MixedGallery:
                 every = len(rows) == len(self)
                 parts.append(Segment(query, keys, None if every else rows, self._scale[s], self._offset[s]))
                 used.append(names[s])
-                if not _checks.takes_native(self._backend, query) or query.is_cuda:
-                    packed.append(torch.empty(0))
-                else:
-                    packed.append(state.packed(s, parts[-1], self._metric, names[s]))
         k = _checks.positive_int("k", k)
         native = all([_checks.takes_native(self._backend, part.query) for part in parts])
+        packed: list[Tensor] = []
+        if native and not self._old.is_cuda:
+            packed = [state.packed(part, self._metric, name) for part, name in zip(parts, used, strict=True)]
         scores, ids = _search.topk(parts, k, self._metric, native=native, names=used, packed=packed)
         if self._ids is not None:
             ids = self._ids.of_row[ids]

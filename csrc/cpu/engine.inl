@@ -60,16 +60,10 @@ void gradient_item(const GradientItem& item, Workspace& ws) {
 
 namespace fastcompat {
 
-#ifdef FASTCOMPAT_BF16
-constexpr bool kScreens = true;
-#else
-constexpr bool kScreens = false;
-#endif
-
 extern const Kernels FASTCOMPAT_TABLE;
 const Kernels FASTCOMPAT_TABLE = {
-    FASTCOMPAT_NAME, kScreens,   NB,         forward_item, gradient_item, topk_item, packed_floats,
-    pack_item,       beats_item, pairs_item, factors,      store_row,     load_row,
+    FASTCOMPAT_NAME, NB,         forward_item, gradient_item, topk_item, packed_floats,
+    pack_item,       beats_item, pairs_item,   factors,       store_row, load_row,
 };
 
 }  // namespace fastcompat

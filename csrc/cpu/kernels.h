@@ -124,12 +124,11 @@ struct PackItem {
 
 struct Kernels {
   const char* name;
-  bool screens;   // topk looks at bf16 products first
   int pack_rows;  // rows of a packed block
   void (*forward)(const ForwardItem&, Workspace&);
   void (*gradient)(const GradientItem&, Workspace&);
   void (*topk)(const TopkItem&, Workspace&);
-  int64_t (*packed_floats)(const Matrix& keys);  // of a packed block; 0: there is no packed form
+  int64_t (*packed_floats)(const Matrix& keys);  // of a packed block; 0: topk screens no such keys
   void (*pack)(const PackItem&, Workspace&);
   void (*count_beats)(const BeatsItem&, Workspace&);
   void (*pair_scores)(const PairItem&, Workspace&);

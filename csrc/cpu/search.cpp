@@ -113,7 +113,7 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
   const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
   // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
   const int64_t items = threads == 1 ? 1 : 4 * threads;
-  const int64_t block = block_of(B, kernel.screens ? 2 * dim : 4 * dim, fits);
+  const int64_t block = block_of(B, kernel.packed_floats(segments[0].keys) ? 2 * dim : 4 * dim, fits);
   const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096, items);
   std::vector<Candidate> best(plan.splits * B * wanted);
   std::vector<int64_t> found(plan.splits * B);
