@@ -9,6 +9,9 @@
 #ifdef FASTCOMPAT_AMX
 #include "amx.inl"
 #endif
+#ifdef FASTCOMPAT_INT16
+#include "int16.inl"
+#endif
 // order matters
 #include "softmax.inl"
 // order matters
@@ -17,6 +20,12 @@
 #include "scores.inl"
 // order matters
 #include "screen.inl"
+// order matters
+#include "candidates.inl"
+// order matters
+#include "few.inl"
+// order matters
+#include "rounded.inl"
 // order matters
 #include "topk.inl"
 // order matters

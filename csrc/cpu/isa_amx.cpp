@@ -1,4 +1,5 @@
 #define FASTCOMPAT_BF16 1
+#define FASTCOMPAT_SCREEN 1
 #define FASTCOMPAT_AMX 1
 #define FASTCOMPAT_TABLE kernels_amx
 #define FASTCOMPAT_NAME "amx"

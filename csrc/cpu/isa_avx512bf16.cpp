@@ -1,4 +1,5 @@
 #define FASTCOMPAT_BF16 1
+#define FASTCOMPAT_SCREEN 1
 #define FASTCOMPAT_TABLE kernels_avx512bf16
 #define FASTCOMPAT_NAME "avx512bf16"
 #include "simd_avx512.h"

@@ -14,6 +14,10 @@ struct Simd {
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  // The first n < W numbers, then zeros.
+  static F load_first(const float* p, int n) {
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(set1(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0)));
+  }
   static F set1(float a) { return _mm256_set1_ps(a); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -21,6 +25,7 @@ struct Simd {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }  // b when either is NaN
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F sqrt(F a) { return _mm256_sqrt_ps(a); }
   // t - floor(t) and p * 2^floor(t); infinite above 128, 0 below -126 (no subnormals: they are slow), NaN kept.
   static F fraction(F t) { return sub(clamp(t), _mm256_floor_ps(clamp(t))); }
   static F times_pow2(F p, F t) {
@@ -35,6 +40,7 @@ struct Simd {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
   static M gt(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+  static M not_le(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NLE_UQ); }  // true for NaN
   static M eq(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static M eq(I a, I b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
   static F select(M m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
@@ -49,6 +55,27 @@ struct Simd {
       numbers[n] = first + __builtin_ctz(chosen);
     }
     return n;
+  }
+  // Columns d .. d + W (at most `width` of them, the others zero) of W rows.
+  static inline __attribute__((always_inline)) void columns(const float* const (&rows)[W], int64_t d, int width,
+                                                            F (&out)[W]) {
+#pragma GCC unroll 2
+    for (int g = 0; g < 2; ++g) {
+      const int left = width - 4 * g;
+      const __m128i there = _mm_cmpgt_epi32(_mm_set1_epi32(left), _mm_set_epi32(3, 2, 1, 0));
+      F half[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {  // rows i and i + 4, half a vector each
+        const auto part = [&](int row) { return _mm_maskload_ps(rows[row] + d + 4 * g, there); };
+        half[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(part(i)), part(i + 4), 1);
+      }
+      const F even = _mm256_unpacklo_ps(half[0], half[1]), odd = _mm256_unpackhi_ps(half[0], half[1]);
+      const F even2 = _mm256_unpacklo_ps(half[2], half[3]), odd2 = _mm256_unpackhi_ps(half[2], half[3]);
+      out[4 * g] = _mm256_shuffle_ps(even, even2, 0x44);
+      out[4 * g + 1] = _mm256_shuffle_ps(even, even2, 0xee);
+      out[4 * g + 2] = _mm256_shuffle_ps(odd, odd2, 0x44);
+      out[4 * g + 3] = _mm256_shuffle_ps(odd, odd2, 0xee);
+    }
   }
   static I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }

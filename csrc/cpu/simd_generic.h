@@ -20,6 +20,12 @@ struct Simd {
     return a;
   }
   static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+  // The first n < W numbers, then zeros.
+  static F load_first(const float* p, int n) {
+    F a = {};
+    for (int i = 0; i < n; ++i) a[i] = p[i];
+    return a;
+  }
   static F set1(float a) { return F{a, a, a, a}; }
   static F fma(F a, F b, F c) { return a * b + c; }
   static F add(F a, F b) { return a + b; }
@@ -27,6 +33,10 @@ struct Simd {
   static F mul(F a, F b) { return a * b; }
   static F max(F a, F b) { return a > b ? a : b; }  // b when either is NaN
   static F min(F a, F b) { return a < b ? a : b; }
+  static F sqrt(F a) {
+    for (int i = 0; i < W; ++i) a[i] = __builtin_sqrtf(a[i]);
+    return a;
+  }
   // t - floor(t) and p * 2^floor(t); infinite above 128, 0 below -126 (no subnormals: they are slow), NaN kept.
   static F fraction(F t) { return clamp(t) - floor(clamp(t)); }
   static F times_pow2(F p, F t) {
@@ -42,6 +52,7 @@ struct Simd {
   }
   static float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static M gt(F a, F b) { return a > b; }
+  static M not_le(F a, F b) { return ~(a <= b); }  // true for NaN
   static M eq(F a, F b) { return a == b; }
   static M eq(I a, I b) { return a == b; }
   static F select(M m, F yes, F no) { return m ? yes : no; }
@@ -56,6 +67,11 @@ struct Simd {
       numbers[n] = first + __builtin_ctz(chosen);
     }
     return n;
+  }
+  // Columns d .. d + W (at most `width` of them, the others zero) of W rows.
+  static void columns(const float* const (&rows)[W], int64_t d, int width, F (&out)[W]) {
+    for (int j = 0; j < W; ++j)
+      for (int i = 0; i < W; ++i) out[j][i] = j < width ? rows[i][d + j] : 0.0f;
   }
   static I load(const int32_t* p) {
     I a;
