@@ -68,6 +68,16 @@ LOSS_TARGETS: dict[
     ("both", BF16): {"eager": NONE},
 }
 PRODUCTS = {"statistics": 1, "frozen": 2, "both": 4}
+SWEEP = (  # queries, keys, D: other shapes of the fp32 losses, the small ones included
+    (64, 1_024, 128),
+    (64, 65_536, 128),
+    (64, 1_048_576, 128),
+    (512, 1_024, 128),
+    (8_192, 8_192, 128),
+    (8_192, 32_768, 128),
+    (1_024, 16_384, 64),
+    (1_024, 16_384, 1_024),
+)
 TOPK_TARGETS: dict[str, tuple[float | None, ...]] = {"ip": (1.6, 1.35, 1.25), "cosine": NONE}
 FEW_QUERIES_TARGETS: dict[int, float | None] = {1: 1.0, 8: 1.5, 31: None, 32: 5.0, 100: 5.0, 499: 5.0}
 
@@ -91,6 +101,15 @@ def table(quick: bool) -> list[Case]:
         for (kind, dtype), against in LOSS_TARGETS.items()
         for dim in dims
     ]
+    sweep = (
+        []
+        if quick
+        else [
+            Case(kind, *shape, against={"eager": None}, products=PRODUCTS[kind])
+            for kind in ("frozen", "both")
+            for shape in SWEEP
+        ]
+    )
     search = [
         Case(f"topk_{metric}", 1024, items, dim, against={"faiss": targets[DIMS.index(dim)]}, products=1)
         for metric, targets in TOPK_TARGETS.items()
@@ -118,7 +137,7 @@ def table(quick: bool) -> list[Case]:
         ),
         Case("memory", 1024, 4 * keys, 128, products=4, extra_limit=64 << 20),
     ]
-    return loss + search + few + rest
+    return loss + sweep + search + few + rest
 
 
 # --- inputs ----------------------------------------------------------------------------------------------

@@ -44,11 +44,12 @@ def draw(run: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 6), dpi=130, facecolor="white", layout="constrained")
     by_dim, by_intensity = figure.subplots(1, 2, sharey=True, width_ratios=(1.3, 1))
     search = [case for case in cases if case["kind"] == "topk_ip"]
-    whole = [case for case in cases if case not in search or case["shape"][0] == 1024]
+    whole = [case for case in cases if case["shape"][0] == 1024 or case["kind"] == "overhead"]
     _panel(by_dim, whole, lambda case: case["shape"][2], peaks, 0.06)
     _panel(by_intensity, [case for case in search if case["shape"][2] == 256], _intensity, peaks)
     by_dim.set(title="Kernels by dimension", xlabel="D", ylabel="GF/s of the products, one thread")
-    by_dim.set_xticks([128, 256, 512], ["128", "256", "512"], minor=False)
+    dims = sorted({case["shape"][2] for case in whole})
+    by_dim.set_xticks(dims, [str(dim) for dim in dims], minor=False)
     by_intensity.set(
         title="Exact search by the number of queries, D = 256",
         xlabel="operations per byte of queries, keys and results",

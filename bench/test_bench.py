@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
 import pytest
 import torch
 from cases import Case
+from machine import HOPELESS
 from pytest_benchmark.fixture import BenchmarkFixture
 from side import Side
 
@@ -46,6 +48,8 @@ def test_case(
     request: pytest.FixtureRequest,
 ) -> None:
     """Check that all sides of a case agree, then time them in turn."""
+    if case.dtype == torch.bfloat16 and peak["bf16 torch.mm"] < HOPELESS:
+        case = replace(case, against={})  # torch's side would take hours
     if case.against:
         assert case.queries * case.keys * EAGER_BYTES_PER_SCORE < EAGER_LIMIT, "eager side would not fit"
     with ExitStack() as stack:
