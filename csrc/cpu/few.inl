@@ -3,31 +3,29 @@
 
 namespace {
 
-constexpr int kFew = 8;      // queries
-constexpr int kAbreast = 4;  // rows that are multiplied at once
+constexpr int kFew = 8;  // queries
 
-// products [kAbreast][L] of some rows and Q queries, which lie `stride` apart and end in zeros up to a whole vector.
+// products [Q] of a row and Q queries, which lie `stride` apart and end in zeros up to a cache line.
 template <int Q>
-inline void multiply_rows(const float* const (&rows)[kAbreast], int64_t dim, const float* queries, int64_t stride,
-                          float* products) {
-  F acc[kAbreast][Q];
-  for (auto& row : acc)
-    for (F& a : row) a = Simd::set1(0.0f);
-  const auto add = [&](int64_t d, const F(&key)[kAbreast]) {
-    for (int q = 0; q < Q; ++q) {
-      const F query = Simd::load(queries + q * stride + d);
+inline void multiply_row(const float* row, int64_t dim, const float* queries, int64_t stride, float* products) {
+  constexpr int kSums = Q > 2 ? 2 : 4;  // of a query, so that the additions do not wait for each other
+  F acc[kSums][Q];
+  for (auto& sums : acc)
+    for (F& a : sums) a = Simd::set1(0.0f);
+  const auto add = [&](int u, F key, int64_t d) {
 #pragma GCC unroll 4
-      for (int r = 0; r < kAbreast; ++r) acc[r][q] = Simd::fma(key[r], query, acc[r][q]);
-    }
+    for (int q = 0; q < Q; ++q) acc[u][q] = Simd::fma(key, Simd::load(queries + q * stride + d), acc[u][q]);
   };
   int64_t d = 0;
-  for (; d + W <= dim; d += W)
-    add(d, {Simd::load(rows[0] + d), Simd::load(rows[1] + d), Simd::load(rows[2] + d), Simd::load(rows[3] + d)});
-  if (const int left = static_cast<int>(dim - d))
-    add(d, {Simd::load_first(rows[0] + d, left), Simd::load_first(rows[1] + d, left),
-            Simd::load_first(rows[2] + d, left), Simd::load_first(rows[3] + d, left)});
-  for (int r = 0; r < kAbreast; ++r)
-    for (int q = 0; q < Q; ++q) products[r * L + q] = Simd::sum(acc[r][q]);
+  for (; d + kSums * W <= dim; d += kSums * W)
+#pragma GCC unroll 4
+    for (int u = 0; u < kSums; ++u) add(u, Simd::load(row + d + u * W), d + u * W);
+  for (; d < dim; d += W) add(0, Simd::load_first(row + d, static_cast<int>(smaller<int64_t>(W, dim - d))), d);
+  for (int q = 0; q < Q; ++q) {
+    F sum = acc[0][q];
+    for (int u = 1; u < kSums; ++u) sum = Simd::add(sum, acc[u][q]);
+    products[q] = Simd::sum(sum);
+  }
 }
 
 void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, TopkState& state,
@@ -35,7 +33,7 @@ void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int
   const int64_t dim = s.query.dim, stride = padded(dim);
   const int n_queries = static_cast<int>(item.n_queries);
   float* queries = ws.floats(kLanes, n_queries * stride);
-  float* lines = ws.floats(kConvert, kAbreast * stride);
+  float* line = ws.floats(kLine, dim);
   float* products = ws.floats(kScores, NB * L);
   KeyBounds bounds(ws.floats(kRows, KeyBounds::kNumbers * NB));
   QueryBounds strips[(kFew + L - 1) / L] = {};
@@ -53,25 +51,18 @@ void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int
     const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
     for (int t = 0; t * L < n_queries; ++t) {
       const int lanes = smaller(n_queries - t * L, L);
-      for (int from = 0; from < n; from += kAbreast) {
-        const float* rows[kAbreast];
-        for (int r = 0; r < kAbreast; ++r) {
-          const int64_t at = first + smaller(from + r, n - 1);
-          if (at + kSoon < keys.count) prefetch_row(keys.matrix, keys.row(at + kSoon));
-          rows[r] = floats_of(keys.matrix, keys.row(at), lines + r * stride);
-        }
-        for (int q = 0; q < lanes; q += 2) {
-          const float* at = queries + (t * L + q) * stride;
-          if (q + 1 < lanes)
-            multiply_rows<2>(rows, dim, at, stride, products + from * L + q);
-          else
-            multiply_rows<1>(rows, dim, at, stride, products + from * L + q);
-        }
-        for (int r = 0; t == 0 && r < smaller(kAbreast, n - from); ++r) {
-          const double squared = squared_norm(rows[r], dim);
-          if (!(squared < __builtin_inf())) note_bad(bad, keys.row(first + from + r));
-          bounds.set(from + r, item.metric, dim, squared, 0);
-        }
+      for (int i = 0; i < n; ++i) {
+        if (first + i + kSoon < keys.count) prefetch_row(keys.matrix, keys.row(first + i + kSoon));
+        const int64_t row = keys.row(first + i);
+        const float* x = floats_of(keys.matrix, row, line);
+        for (int q = 0; q < lanes; q += 4)
+          with_count<4>(smaller(lanes - q, 4), [&](auto some) {
+            multiply_row<decltype(some)::value>(x, dim, queries + (t * L + q) * stride, stride, products + i * L + q);
+          });
+        if (t) continue;
+        const double squared = squared_norm(x, dim);
+        if (!(squared < __builtin_inf())) note_bad(bad, row);
+        bounds.set(i, item.metric, dim, squared, 0);
       }
       if (t == 0) bounds.finish(n, dim, nullptr);
       screening.block<false>(bounds, products, first, n, strips[t], t);

@@ -1,7 +1,8 @@
 """`topk` is the sort of its own scores, bit for bit, whatever tries to mislead a screening in low precision.
 
 The oracle are the engine's scores of all pairs, one by one, in a stable sort. The keys are hostile: they
-differ in the last bit, repeat, have norms from 1e-18 to 1e18, or lie where bfloat16 overflows or is coarsest.
+differ in the last bit, repeat, have norms from 1e-18 to 1e18, or lie where bfloat16 or a 16-bit integer
+overflows or is coarsest.
 """
 
 from __future__ import annotations
@@ -84,6 +85,20 @@ def halfway(rows: int, dim: int) -> Tensor:
     return ((bits & ~0xFFFF) | 0x8000).view(torch.float32) * (1 - 2**-24 * torch.randint(0, 3, (rows, 1)))
 
 
+def half_steps(rows: int, dim: int) -> Tensor:
+    """Every number but the last lies halfway between two multiples of the norm / 32,766."""
+    keys = torch.randint(-4000, 4000, (rows, dim)).double().clamp(-30000 / dim**0.5, 30000 / dim**0.5) + 0.5
+    keys[:, -1] = (32766.0**2 - keys[:, :-1].square().sum(1)).sqrt()
+    return keys.float()
+
+
+def spikes(rows: int, dim: int) -> Tensor:
+    """One number holds nearly all of the norm; the order is decided by the others."""
+    keys = 1e-4 * torch.randn(rows, dim)
+    keys[:, 0] = 1.0
+    return keys
+
+
 def cancelling(rows: int, dim: int) -> Tensor:
     """Pairs of large numbers that cancel against a flat query; the rest is below their error."""
     keys = torch.randn(rows, dim)
@@ -118,6 +133,8 @@ HOSTILE: tuple[Callable[[int, int], Tensor], ...] = (
     norms,
     norms_within,
     halfway,
+    half_steps,
+    spikes,
     cancelling,
     shuffled,
     plain,
