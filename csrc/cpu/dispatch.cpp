@@ -58,6 +58,11 @@ std::vector<Level> detect() {
 #ifdef FASTCOMPAT_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+#ifdef FASTCOMPAT_EMULATE
+  for (const Kernels* table : {&kernels_avx2, &kernels_avx512, &kernels_avx512bf16, &kernels_amx})
+    all.push_back({table, avx2, table != &kernels_avx2});
+  return all;
+#endif
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   all.push_back({&kernels_avx2, avx2});

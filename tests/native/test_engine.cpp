@@ -170,8 +170,12 @@ void search_case(DType type, int64_t B, int64_t N, int64_t D, int64_t k, int thr
   const std::vector<Segment> whole = {{q.matrix, keys.matrix, nullptr, N, 1, 0}};
   const std::vector<Segment> halves = {{q.matrix, keys.matrix, odd.data(), n_odd, 1, 0},
                                        {q.matrix, keys.matrix, even.data(), n_even, 1, 0}};
-  for (Metric metric : {Metric::ip, Metric::l2})
-    for (const auto* segments : {&whole, &halves}) {
+  std::vector<float> packed(packed_size(keys.matrix, N));
+  std::vector<Segment> kept = whole;
+  if (!packed.empty()) kept[0].packed = packed.data();
+  for (Metric metric : {Metric::ip, Metric::l2}) {
+    if (!packed.empty()) pack(whole[0], metric, packed.data(), threads);
+    for (const auto* segments : {&whole, &halves, &kept}) {
       std::vector<float> scores(B * k);
       std::vector<int64_t> ids(B * k), beats(B * k), bounds = {0, N / 3, N / 3, N}, counts(B * k * 3);
       topk(*segments, k, metric, {query_labels.data(), key_labels.data(), exclude.data()}, scores.data(), ids.data(),
@@ -205,6 +209,7 @@ void search_case(DType type, int64_t B, int64_t N, int64_t D, int64_t k, int thr
         ranks_ok &= counts[3 * n] + counts[3 * n + 1] + counts[3 * n + 2] == (ids[n] < 0 ? 0 : n % k);
       expect(ranks_ok, "count_beats", B, N, D, type);
     }
+  }
 }
 
 template <class Error, class Fn>
@@ -267,8 +272,12 @@ int main() {
           softmax_case(type, B, N, D, kind, 2);
       softmax_case(type, 40, 5000, 17, 1, 2);
       softmax_case(type, 5000, 40, 17, 1, 2);
-      for (auto [B, N, D, k] :
-           {std::tuple<int, int, int, int>{1, 1, 1, 3}, {5, 40, 7, 5}, {33, 300, 65, 20}, {3, 9000, 12, 700}})
+      for (auto [B, N, D, k] : {std::tuple<int, int, int, int>{1, 1, 1, 3},
+                                {5, 40, 7, 5},
+                                {33, 300, 65, 20},
+                                {3, 9000, 12, 700},
+                                {5, 1200, 33, 4},
+                                {70, 1500, 131, 9}})
         search_case(type, B, N, D, k, 2);
     }
     errors();
