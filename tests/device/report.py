@@ -41,6 +41,16 @@ CHIPS = {
     "100": (228, 227, 148, 2048, 32),
     "120": (100, 99, 188, 1536, 24),
 }
+PAGE = """# The machine code of the CUDA kernels
+
+Compiled by nvcc {nvcc}; written by `tests/device/run.sh report`, which fails where a kernel spills registers or
+uses others than it states. *KiB shared*: dynamic shared memory of a block, at 4,096 queries, 65,536 keys and D
+from 64 to 1,024 (searches: 128 queries, k = 100). *blocks*: how many a multiprocessor holds at once, by
+registers, shared memory and threads, in the order of the architectures. *matrix*: HMMA or HGMMA instructions in
+the code. *128 bits*: share of the loads and copies from global memory that are 16 bytes wide; *tensor*: the
+tensor copy engine loads.
+
+"""
 Launches = dict[str, dict[int, tuple[int, int]]]  # {mangled kernel: {D: (threads, bytes of shared memory)}}
 
 
@@ -254,6 +264,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="compile report of the CUDA kernels")
     parser.add_argument("--launches", type=pathlib.Path, required=True, help="the program launches")
     parser.add_argument("--json", type=pathlib.Path, required=True, help="where to write the report")
+    parser.add_argument("--page", type=pathlib.Path, required=True, help="where to write its table")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         compiled = compile_all(pathlib.Path(folder))
@@ -270,7 +281,8 @@ def main() -> int:
     args.json.write_text(
         re.sub(r"\n {4,}", " ", re.sub(r"\n {3}\}", "}", text)) + "\n"
     )  # an architecture a line
-    print("\n".join(table(report)))
+    args.page.write_text(PAGE.format(nvcc=report["nvcc"]) + "\n".join(table(report)))
+    print(args.page.read_text())
     errors = list(problems(compiled, titles))
     for error in errors:
         print(f"error: {error}")
