@@ -160,7 +160,8 @@ def loss_inputs(case: Case) -> Inputs:
 
 def search_inputs(case: Case) -> Inputs:
     """Normalised queries and keys."""
-    return Inputs(query=_features(case.queries, case.dim), keys=_features(case.keys, case.dim))
+    query, keys = (_features(rows, case.dim).to(case.dtype) for rows in (case.queries, case.keys))
+    return Inputs(query=query, keys=keys)
 
 
 def mixed_inputs(case: Case) -> Inputs:

@@ -2,7 +2,8 @@
 # Everything that a GPU can tell, in one go: build, tests, benchmark, sanitizer; at the end the parts and the table.
 #   bench/gpu.sh [FOLDER]              results in FOLDER (default: $OUT, else build/gpu); no network, under 10 minutes
 #   DEVICE=cpu bench/gpu.sh [FOLDER]   tries the script without a GPU: what needs one fails, the rest is tiny
-# Needs torch, nvcc, cmake, ninja, pybind11, scikit-build-core, pytest, hypothesis; uses pytest-xdist where it is.
+# Needs Python 3.11, torch, numpy, tqdm, typer, pytest, nvcc, cmake, ninja, pybind11, scikit-build-core; engine tests that
+# want more than is installed (hypothesis, scikit-learn) are left out, pytest-xdist is used where it is.
 # Every part has a time limit; one that fails is reported, and the next one runs. PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -13,10 +14,18 @@ export PYTHONPATH=$site:$PWD/bench:$PWD/tests/cuda PYTHONUNBUFFERED=1
 pytest=("$python" -P -m pytest -q --tb=short -p no:cacheprovider)
 
 build() {
-  local cuda=(-Ccmake.define.FASTCOMPAT_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native)
+  local missing
+  missing=$("$python" -c "from importlib.util import find_spec
+print(*[p for p in 'torch numpy tqdm typer pytest pybind11 scikit_build_core'.split() if not find_spec(p)])")
+  [ -z "$missing" ] || echo "not installed: $missing"
+  mkdir -p build/gpu-device
+  compile_device_tests > build/gpu-device.txt 2>&1 &
+  local kernels_alone=$! status=0 cuda=(-Ccmake.define.FASTCOMPAT_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native)
   [ "$device" = cpu ] && cuda=(-Ccmake.define.FASTCOMPAT_CUDA=OFF)
   CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) "$python" -m pip install -q --no-build-isolation --no-deps --no-index --upgrade \
-    --target "$site" "${cuda[@]}" . && "$python" -P -c "import fastcompat; print(fastcompat.build_info())"
+    --target "$site" "${cuda[@]}" . && "$python" -P -c "import fastcompat; print(fastcompat.build_info())" || status=1
+  wait "$kernels_alone" # a failure shows in device_tests
+  return $status
 }
 info() { "$python" -P -c "from fastcompat.cli import main; main()" info; }
 gpu_tests() {
@@ -24,17 +33,24 @@ gpu_tests() {
   [ "$device" = cpu ] && left_out=(--ignore tests/cuda/test_device.py)
   "${pytest[@]}" tests/cuda --device "$device" "${left_out[@]}"
 }
-# The kernels alone, as in tests/device but on the hardware.
-device_tests() {
-  local folder=build/gpu-device source running=() failed=0
-  mkdir -p "$folder"
+# The kernels alone, as in tests/device but on the hardware; they compile beside the module, which takes as long.
+compile_device_tests() {
+  local source program
+  [ "$device" = cpu ] && return
+  rm -f build/gpu-device/test_*
   for source in tests/device/test_*.cu; do
-    nvcc -std=c++17 -O2 -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/cuda -Itests/device "$source" \
-      -o "$folder/$(basename "$source" .cu)" &
-    running+=($!)
+    program=build/gpu-device/$(basename "$source" .cu)
+    nvcc -std=c++17 -O2 -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/cuda -Itests/device "$source" -o "$program" &
   done
-  for pid in "${running[@]}"; do wait "$pid" || failed=1; done
-  for program in "$folder"/test_*; do "$program" || failed=1; done
+  wait
+}
+device_tests() {
+  local source program failed=0
+  cat build/gpu-device.txt
+  for source in tests/device/test_*.cu; do
+    program=build/gpu-device/$(basename "$source" .cu)
+    [ -x "$program" ] && "$program" || failed=1
+  done
   return $failed
 }
 benchmark() { "$python" -P bench/gpu.py "$results/gpu.json" --device "$device" --seconds 170; }
@@ -82,7 +98,7 @@ part() { # SECONDS NAME: at most so long, and never past the end of everything
   printf '%-20s %-8s %4d s  %s\n' "$*" "$status" $((SECONDS - start)) \
     "$(grep -v '^ *$' "$results/part.txt" | tail -1 | cut -c1-150)" | tee -a "$results/parts.txt"
 }
-part 170 build
+part 200 build
 part 40 info
 part 130 gpu_tests
 part 190 benchmark

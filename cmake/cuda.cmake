@@ -4,15 +4,15 @@ if(NOT FASTCOMPAT_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "FASTCOMPAT_CUDA must be AUTO, ON or OFF, not '${FASTCOMPAT_CUDA}'")
 endif()
 
-# Machine code for each generation, and PTX once: the driver compiles that for every other GPU from compute capability 8.0 on.
+# The portable kernels become PTX for compute capability 8.0 once, and that machine code for each generation; the PTX is
+# kept too: the driver compiles it for every other GPU from 8.0 on. CMAKE_CUDA_ARCHITECTURES replaces the list.
 set(archs
-  80-real     # A100, A30
-  86-real     # RTX 30, A10, A40: half of A100's shared memory per multiprocessor
-  89-real     # RTX 40, L4, L40S
-  90-real     # H100, H200: what the Hopper kernels do not cover
-  100-real    # B200, GB200
-  120-real    # RTX 50, RTX PRO Blackwell
-  80-virtual) # PTX: everything else and later
+  80   # A100, A30
+  86   # RTX 30, A10, A40: half of A100's shared memory per multiprocessor
+  89   # RTX 40, L4, L40S
+  90   # H100, H200: what the Hopper kernels do not cover
+  100  # B200, GB200
+  120) # RTX 50, RTX PRO Blackwell
 
 if(FASTCOMPAT_CUDA STREQUAL "OFF")
   message(STATUS "fastcompat: CUDA kernels are not built (FASTCOMPAT_CUDA=OFF)")
@@ -48,15 +48,20 @@ endif()
 if(DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(archs ${CMAKE_CUDA_ARCHITECTURES})
 else()
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
   # A toolkit older than an architecture builds the others.
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known)
+  set(codes compute_80)
   foreach(arch ${archs})
-    string(REGEX MATCH "^[0-9]+" number ${arch})
-    if(NOT known MATCHES "compute_${number}\n")
+    if(known MATCHES "compute_${arch}\n")
+      list(APPEND codes sm_${arch})
+    else()
       list(REMOVE_ITEM archs ${arch})
     endif()
   endforeach()
-  set(CMAKE_CUDA_ARCHITECTURES ${archs})
+  list(APPEND archs 80-virtual)
+  list(JOIN codes "," codes)
+  set(portable_code -gencode=arch=compute_80,code=[${codes}] --threads=0)
 endif()
 enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 17)
@@ -71,6 +76,7 @@ list(REMOVE_ITEM sources ${sm90})
 add_library(cuda_sm90 OBJECT ${sm90})
 set_target_properties(cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
 add_library(cuda_engine STATIC ${sources} $<TARGET_OBJECTS:cuda_sm90>)
+target_compile_options(cuda_engine PRIVATE ${portable_code})
 
 set(FASTCOMPAT_CUDA_ARCHS ${archs} 90a-real)
 list(TRANSFORM FASTCOMPAT_CUDA_ARCHS REPLACE "-real" "")

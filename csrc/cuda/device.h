@@ -39,6 +39,7 @@ template <class... P, class... A>
 void launch_cluster(int cluster, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, void* stream, A... args) {
 #if CUDA_ON_CPU
   (void)stream;
+  if (emu::recorder) return emu::recorder(reinterpret_cast<const void*>(kernel), block, smem);
   emu::launch(cluster, grid, block, smem, [=] { kernel(static_cast<P>(args)...); });
 #else
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),

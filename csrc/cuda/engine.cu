@@ -37,7 +37,7 @@ std::string version(int v) { return std::to_string(v / 1000) + "." + std::to_str
 __global__ void any_kernel() {}
 #endif
 
-bool has_code(int device) {
+bool has_code([[maybe_unused]] int device) {
 #if CUDA_ON_CPU
   return true;
 #else

@@ -16,12 +16,12 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kFinishWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= B) return;
-  const bool bad = pairs.bad_index(pairs.positive, row) || pairs.bad_index(pairs.exclude, row);
+  const bool bad = pairs.bad(row);
 
   float top = kLowest, sum = 0.0f;
   for (int s = 0; s < splits * sums; ++s) top = fmaxf(top, parts.ref[s * B + row]);
   for (int s = 0; s < splits * sums; ++s) sum += parts.sum[s * B + row] * exp2f(parts.ref[s * B + row] - top);
-  if (bad) sum = CUDART_NAN_F;
+  if (bad && sum != 0.0f) sum = CUDART_NAN_F;
   if (lane == 0) out.neg_lse[row] = (top + log2f(sum)) * kLn2;
   if (out.mean)
     for (int64_t d = lane * 4; d < D; d += 128) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
   float lse = -CUDART_INF_F, total = 0.0f;
   int64_t count = 0;
   if (pairs.positive) {
-    const int j = pairs.index(pairs.positive, row);
+    const int j = pairs.bad_index(pairs.positive, row) ? 0 : pairs.index(pairs.positive, row);
     const bool counts = j >= 0 && j != pairs.index(pairs.exclude, row);
     if (counts) {
       const T* query = static_cast<const T*>(p.query.data) + row * p.query.stride;
@@ -52,7 +52,6 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
       lse = total = fmaf(pairs.full_scale(), dot, pairs.bias ? pairs.bias[j] : 0.0f);
       count = 1;
     }
-    if (bad) lse = total = CUDART_NAN_F;
   } else if (parts.pos_count) {
     float best = kLowest, exps = 0.0f;
     for (int s = 0; s < splits * sums; ++s) best = fmaxf(best, parts.pos_ref[s * B + row]);
@@ -63,8 +62,8 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
     }
     lse = (best + log2f(exps)) * kLn2;
     total *= kLn2;
-    if (bad) lse = total = CUDART_NAN_F;
   }
+  if (bad && count) lse = total = CUDART_NAN_F;
   if (lane) return;
   out.pos_lse[row] = lse;
   out.pos_sum[row] = total;
@@ -100,11 +99,12 @@ __global__ void __launch_bounds__(256) finish_bias_grad(const float* parts, floa
 
 // power: 2^(14 - e) for the largest coefficient bound in [2^e, 2^(e+1)): every fp16 coefficient stays below 2^15.
 // report: coefficient_power 32 registers
-__global__ void __launch_bounds__(1024) coefficient_power(SoftmaxGrads grads, int64_t queries, float* power) {
+__global__ void __launch_bounds__(1024) coefficient_power(Pairs pairs, SoftmaxGrads grads, float* power) {
   DYN_SMEM(smem);
   float* of_warp = reinterpret_cast<float*>(smem);
   float top = 0.0f;
-  for (int64_t i = threadIdx.x; i < queries; i += 1024) {
+  for (int64_t i = threadIdx.x; i < pairs.queries; i += 1024) {
+    if (pairs.bad(i)) continue;
     if (grads.g_neg && grads.neg_lse[i] != -CUDART_INF_F) top = fmaxf(top, fabsf(grads.g_neg[i]));
     if (grads.pos_lse[i] == -CUDART_INF_F) continue;
     const float pos = grads.g_pos ? fabsf(grads.g_pos[i]) : 0.0f, sum = grads.g_sum ? fabsf(grads.g_sum[i]) : 0.0f;

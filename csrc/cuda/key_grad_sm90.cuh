@@ -36,9 +36,9 @@ struct KeyCoefficients {
 
   __device__ bool columns_wanted() const { return true; }
   __device__ bool fill(Column& c, int query, int row0, int rows) const {
-    const bool in = query < pairs.queries;
+    const bool in = query < pairs.queries && !pairs.bad(query);
     const float power = kHalf ? *this->power : 1.0f;
-    // An empty set has gradient 0 whatever arrives.
+    // An empty set, or a query that names no key, has gradient 0 whatever arrives.
     float lse = in && grads.g_neg ? grads.neg_lse[query] : -CUDART_INF_F;
     bool empty = lse == -CUDART_INF_F;
     c.neg_lse = empty ? CUDART_INF_F : lse * kLog2E;

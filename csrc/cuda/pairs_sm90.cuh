@@ -83,8 +83,10 @@ struct Pairs {
     return j < 0 || j >= keys ? -1 : static_cast<int>(j);
   }
   __device__ bool bad_index(const int64_t* list, int64_t query) const {
-    return list && query < queries && (list[query] < -1 || list[query] >= keys);
+    return list && (list[query] < -1 || list[query] >= keys);
   }
+  // Whether a query names a key that does not exist.
+  __device__ bool bad(int64_t query) const { return bad_index(positive, query) || bad_index(exclude, query); }
 };
 
 // What a thread has seen of the positives (given by label) of its two rows; log2 units.

@@ -1,7 +1,7 @@
 // c_ij = d loss / d z_ij with both log-sum-exps known, z recomputed. Keys stay and queries stream: sum_i c_ij q_i and
 // sum_i c_ij. Queries stay and keys stream: the positives' share of sum_j c_ij k_j; tiles without a positive are
 // skipped. Fused: scale, bias, labels, left-out keys, exponentials, rounding to 16 bits. The streamed rows are read
-// twice a tile. Floor: 4 B N D operations at the rate of mma.sync. 256 threads, at most 255 registers (247 on sm_120).
+// twice a tile. Floor: 4 B N D operations at the rate of mma.sync. 256 threads, at most 255 registers.
 #pragma once
 #include "softmax_parts_sm80.cuh"
 

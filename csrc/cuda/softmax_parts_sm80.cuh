@@ -55,6 +55,10 @@ __device__ __forceinline__ int64_t key_of(const int64_t* index, int64_t row, int
   if (!index) return -1;
   return exists(index[row], keys) ? index[row] : instead;
 }
+// Whether a row names a key that does not exist.
+__device__ __forceinline__ bool bad_index(const int64_t* positive, const int64_t* exclude, int64_t row, int64_t keys) {
+  return (positive && !exists(positive[row], keys)) || (exclude && !exists(exclude[row], keys));
+}
 // Place of a key among the `count` that start at `first`, or -1.
 __device__ __forceinline__ int place_of(int64_t key, int64_t first, int64_t count) {
   const int64_t at = key - first;

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kRowThreads) combine_stats(const __grid_consta
   const int64_t B = a.query.rows, N = a.keys.rows, D = a.query.dim, row = row_of_warp();
   const int lane = threadIdx.x % 32;
   if (row >= B) return;
-  const bool bad = (a.positive && !exists(a.positive[row], N)) || (a.exclude && !exists(a.exclude[row], N));
+  const bool bad = bad_index(a.positive, a.exclude, row, N);
   float top = -CUDART_INF_F, pos_top = -CUDART_INF_F;
   for (int s = 0; s < a.splits; ++s) {
     top = fmaxf(top, a.parts[s * B + row].top);
@@ -121,9 +121,9 @@ struct TermsArgs {
 struct CleanGradients {
   float neg_lse, g_neg, pos_lse, g_pos, g_sum;
 };
-// A row whose set is empty gets lse +inf and gradient 0, whatever arrives.
-__device__ __forceinline__ CleanGradients clean(const SoftmaxGrads& in, int64_t row) {
-  const bool no_neg = in.neg_lse[row] == -CUDART_INF_F, no_pos = in.pos_lse[row] == -CUDART_INF_F;
+// A row whose set is empty, or that names a key that does not exist, gets lse +inf and gradient 0, whatever arrives.
+__device__ __forceinline__ CleanGradients clean(const SoftmaxGrads& in, int64_t row, bool bad) {
+  const bool no_neg = bad || in.neg_lse[row] == -CUDART_INF_F, no_pos = bad || in.pos_lse[row] == -CUDART_INF_F;
   return {no_neg ? CUDART_INF_F : in.neg_lse[row], no_neg || !in.g_neg ? 0.0f : in.g_neg[row],
           no_pos ? CUDART_INF_F : in.pos_lse[row], no_pos || !in.g_pos ? 0.0f : in.g_pos[row],
           no_pos || !in.g_sum ? 0.0f : in.g_sum[row]};
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(1024) find_coefficient_scale(const __grid_cons
   __syncthreads();
   float most = 0.0f;
   for (int64_t i = threadIdx.x; i < a.queries; i += blockDim.x) {
-    const CleanGradients g = clean(a.in, i);
+    const CleanGradients g = clean(a.in, i, bad_index(a.positive, a.exclude, i, a.keys));
     const float c = fmaxf(fabsf(g.g_neg), fabsf(g.g_pos) + fabsf(g.g_sum));
     if (is_finite(c)) most = fmaxf(most, c);
   }
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kRowThreads) make_terms(const __grid_constant_
   const int64_t i = blockIdx.x * int64_t{kRowThreads} + threadIdx.x;
   if (i >= a.queries) return;
   const float scale = a.coefficient_scale ? *a.coefficient_scale : 1.0f;
-  const CleanGradients g = clean(a.in, i);
+  const CleanGradients g = clean(a.in, i, bad_index(a.positive, a.exclude, i, a.keys));
   const int64_t positive = key_of(a.positive, i, a.keys, -1), exclude = key_of(a.exclude, i, a.keys, -1);
   const int64_t label = a.query_labels && a.query_labels[i] >= 0 ? a.query_labels[i] : kNoQueryLabel;
   a.out[i] = {g.neg_lse,       g.g_neg * scale,
@@ -184,15 +184,14 @@ struct QueryGradArgs {
 __global__ void __launch_bounds__(kRowThreads) finish_query_grad(const __grid_constant__ QueryGradArgs a) {
   const int64_t B = a.query.rows, N = a.keys.rows, D = a.query.dim, row = row_of_warp();
   if (row >= B) return;
-  const CleanGradients g = clean(a.grads, row);
-  const bool bad = (a.positive && !exists(a.positive[row], N)) || (a.exclude && !exists(a.exclude[row], N));
+  const CleanGradients g = clean(a.grads, row, bad_index(a.positive, a.exclude, row, N));
   const int64_t j = key_of(a.positive, row, N, -1);
   const bool chosen = j >= 0 && j != key_of(a.exclude, row, N, -1) && g.pos_lse != CUDART_INF_F;
   const bool negatives = a.grads.g_neg && g.neg_lse != CUDART_INF_F;
   const float scale = scale_of(a.scale, a.scale_factor);
   double dot = 0;
   for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
-    float u = bad ? CUDART_NAN_F : 0.0f;
+    float u = 0.0f;
     if (negatives) u += g.g_neg * a.mean[row * D + d];
     if (chosen) u = fmaf(g.g_pos + g.g_sum, load(a.keys, j, d), u);
     for (int s = 0; a.sums && s < a.splits; ++s) u += a.sums[(s * B + row) * D + d];

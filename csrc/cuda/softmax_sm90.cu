@@ -1,5 +1,6 @@
 // Host side of the Hopper tier: which problems it takes, where the work is cut, what is launched.
 #include "finish_sm90.cuh"
+#include "one_product_sm90.cuh"
 #include "softmax_sm90.cuh"
 #include "softmax_sm90.h"
 
@@ -212,8 +213,8 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
     const int64_t N = p.keys.rows, quads = N * p.keys.dim / 4;
     auto blocks = [](int64_t threads) { return dim3(static_cast<unsigned>((threads + 255) / 256)); };
     if (std::is_same_v<T, fp16>)
-      cuda::launch(coefficient_power, dim3(1), dim3(1024), 32 * sizeof(float), launch.stream, grads, p.query.rows,
-                   parts.power);
+      cuda::launch(coefficient_power, dim3(1), dim3(1024), 32 * sizeof(float), launch.stream,
+                   Pairs(p, launch.scale_factor), grads, parts.power);
     const KeyCoefficients<T> work{
         Pairs(p, launch.scale_factor),  grads, p.keys.dim, parts.power, parts.keys ? nullptr : out, parts.keys,
         parts.bias ? parts.bias : dbias};

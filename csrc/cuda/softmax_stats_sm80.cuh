@@ -2,7 +2,7 @@
 // positives, and sum_j e^(z_ij - max) k_j over negatives (flash attention with V = K), z_ij = scale <q_i, k_j> +
 // bias_j. Fused: scale, bias, labels, left-out keys, both sets' exponentials, rounding of weights to 16 bits. Keys are
 // read once for the statistics alone, twice a tile with the mean (tiles_sm80.cuh). Floor: 2 B N D operations a product
-// at the rate of mma.sync. 256 threads, at most 255 registers (247 on sm_120), about 155 without the mean.
+// at the rate of mma.sync. 256 threads, at most 255 registers, 128 without the mean.
 #pragma once
 #include "softmax_parts_sm80.cuh"
 

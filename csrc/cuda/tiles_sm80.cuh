@@ -73,10 +73,19 @@ __device__ __forceinline__ void load_piece(uint16_t* to, const Planes& from, int
   }
 }
 
+// The same number, but what follows from it is computed here and now: not held in registers through the loops around.
+__device__ __forceinline__ int afresh(int x) {
+#if !CUDA_ON_CPU
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // t[32, 32] += A[32, 64] B^T, B rows of the product's columns; TRANS: B rows are the 64 that are summed over.
-template <class T, bool TRANS>
+template <class F, bool TRANS>
 __device__ __forceinline__ void multiply(float (&t)[2][4][4], uint16_t* a, int row, uint16_t* b, int column) {
-  const int lane = threadIdx.x % 32;
+  using T = typename F::Element;
+  const int lane = afresh(threadIdx.x % 32);  // addresses held over the loops around would spill
 #pragma unroll
   for (int k = 0; k < kPiece / 16; ++k) {
     uint32_t fa[2][4];
@@ -103,7 +112,7 @@ __device__ __forceinline__ void multiply(float (&t)[2][4][4], uint16_t* a, int r
 // s rounded to T goes to shared memory; s keeps what rounding left of it.
 template <class F, int TM>
 __device__ __forceinline__ void store_weights(uint16_t* weights, float (&s)[2][4][4], int row, int column) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int lane = afresh(threadIdx.x % 32), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -137,14 +146,6 @@ __device__ __forceinline__ void scale_add(float (&s)[2][4][4], const float (&fac
     for (int n = 0; n < 8; ++n) part(s, r, n) = fmaf(part(s, r, n), factor[r], part(t, r, n));
 }
 
-// The same number, but what follows from it is computed here and now: not held in registers through the loops around.
-__device__ __forceinline__ int afresh(int x) {
-#if !CUDA_ON_CPU
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 // Where a thread's 4 rows of 8 columns of S lie.
 template <int TM>
 struct Place {
@@ -169,7 +170,6 @@ struct Place {
 template <class F, int TM, class Pairs>
 class TileWalk {
  public:
-  using T = typename F::Element;
   static constexpr int TN = kScores / TM, HALVES = TN / kPiece, GROUPS = F::groups;
 
   __device__ __forceinline__ TileWalk(const Walk& w, unsigned char* smem, Pairs& pairs)
@@ -209,7 +209,7 @@ class TileWalk {
             clear(t);
             for (int half = 0; half < HALVES; ++half)
               for (int other = terms() - 1 - term; other >= 0; --other)
-                multiply<T, true>(t, weights + half * TM * kPiece, at.warp_row, next_stage(), at.warp_column);
+                multiply<F, true>(t, weights + half * TM * kPiece, at.warp_row, next_stage(), at.warp_column);
 #pragma unroll
             for (int n = 0; n < GROUPS; ++n)
               if (n == group) scale_add(o[n], factor, t);
@@ -240,7 +240,7 @@ class TileWalk {
   __device__ __forceinline__ int terms() const { return F::split ? w.terms : 1; }
   __device__ __forceinline__ void score(float (&s)[2][4][4], const Place<TM>& at, int term, int piece) {
     uint16_t* stage = next_stage();
-    multiply<T, false>(s, w.resident ? resident_piece(term, piece) : stage, at.warp_row,
+    multiply<F, false>(s, w.resident ? resident_piece(term, piece) : stage, at.warp_row,
                        w.resident ? stage : stage + TM * kPiece, at.warp_column);
   }
   __device__ __forceinline__ uint16_t* resident_piece(int term, int piece) const {

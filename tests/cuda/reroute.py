@@ -77,15 +77,21 @@ def _carried(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return there_and_back
 
 
-def _emulate(folder: Path) -> None:
+def emulated_module(folder: Path) -> Any:
+    """The native module of this folder."""
     spec = importlib.util.spec_from_file_location("_C", next(folder.glob("_C*.so")))
-    _native._C = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(_native._C)
-    _native._Call = _Emulated
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _emulate(folder: Path) -> None:
+    _native._C = emulated_module(folder)
+    _native._Call = Emulated
     torch.cuda.is_current_stream_capturing = lambda: False
 
 
-class _Emulated(_native._Call):
+class Emulated(_native._Call):
     """A call whose tensors pretend to live on a GPU; its scratch holds NaN, whatever it is read as."""
 
     def __init__(self, query: Tensor) -> None:

@@ -205,11 +205,19 @@ def test_an_index_out_of_range_makes_its_row_nan_and_no_other() -> None:
         index[[3, 69]] = torch.tensor([300, 2**40], device="cuda")
         sets = {"positive": positive, "exclude": None} | {name: index}
         stats = fc.softmax_stats(query, keys, **sets, backend="native")
-        assert stats.neg_lse[[3, 69]].isnan().all()
+        assert stats.neg_lse[[3, 69]].isnan().all() and stats.pos_lse[[3, 69]].isnan().all()
+        assert stats.pos_count[[3, 69]].tolist() == [1, 1]
         rest = torch.ones(70, dtype=torch.bool, device="cuda")
         rest[[3, 69]] = False
         assert torch.equal(stats.neg_lse[rest], right.neg_lse[rest])
-        torch.autograd.grad((stats.neg_lse + stats.pos_lse)[rest].sum(), (query, keys))
+        # What such a row's loss sends back reaches nobody, as in the reference.
+        found, truth = (
+            torch.autograd.grad((part.neg_lse - part.pos_lse).sum(), (query, keys))
+            for part in (stats, fc.softmax_stats(query, keys, **sets, backend="reference"))
+        )
+        assert not found[0][[3, 69]].any()
+        for mine, plain in zip(found, truth, strict=True):
+            assert (mine - plain).float().norm() <= 1e-2 * plain.float().norm()
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match=r"`exclude` must hold -1 \(none\) or row numbers below 300"):
         fc.topk(query, keys, 3, exclude=index)

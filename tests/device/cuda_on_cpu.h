@@ -3,7 +3,7 @@
 #pragma once
 #include <cmath>
 
-#include "fibers.h"
+#include "schedules.h"
 
 #define __global__
 #define __device__

@@ -9,7 +9,9 @@ parts=${*:-plain address thread report}
 cmake -S tests/device -B "$build" -G Ninja > /dev/null
 for part in $parts; do
   if [ "$part" = report ]; then
-    python3 tests/device/report.py --json "$build/compile_report.json"
+    cmake --build "$build" --target launches > /dev/null
+    python3 tests/device/report.py --launches "$build/launches" --json "$build/compile_report.json" \
+      --page "$build/cuda-kernels.md"
   else
     cmake --build "$build" --target "$part" > /dev/null
     ctest --test-dir "$build" --output-on-failure --parallel "$(nproc)" --tests-regex "\.$part(\$|\.)"

@@ -106,7 +106,7 @@ void check_beats(Part part, Metric metric, std::vector<int64_t> bounds, int64_t 
 
 }  // namespace
 
-DEVICE_TEST_OF_VALUES(pairs_have_the_documented_bits) {
+DEVICE_TEST_OF_SIZES(pairs_have_the_documented_bits) {
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
     check_pairs(part_of<float>(gauss(3, 300, 1), 3, gauss(20, 300, 2), 20, 300), metric);
     check_pairs(part_of<bf16>(gauss(3, 77, 1), 3, gauss(20, 77, 2), 20, 77, 3, 1), metric);
@@ -150,7 +150,7 @@ DEVICE_TEST_OF_VALUES(beats_every_dtype_and_metric) {
   }
 }
 
-DEVICE_TEST_OF_VALUES(beats_in_blocks_of_a_walk) {
+DEVICE_TEST_OF_SIZES(beats_in_blocks_of_a_walk) {
   Part part = part_of<float>(gauss(130, 16, 3), 130, gauss(700, 16, 4), 700, 16);
   check_beats(part, Metric::cosine, {0, 0, 1, 100, 100, 333, 700, 700}, 4, false, true);
   part.all = false;
@@ -178,14 +178,14 @@ DEVICE_TEST_OF_VALUES(beats_norms_of_every_size) {
               {0, 400}, 12);
 }
 
-DEVICE_TEST_OF_VALUES(beats_blocks_of_keys_and_many_targets) {
+DEVICE_TEST_OF_SIZES(beats_blocks_of_keys_and_many_targets) {
   cuda::sm80::limits.packed_bytes = 1;
   check_beats(part_of<float>(gauss(2, 24, 11), 2, gauss(500, 24, 12), 500, 24), Metric::ip, {0, 200, 500}, 3);
   cuda::sm80::limits.packed_bytes = 64ll << 20;
   check_beats(part_of<bf16>(gauss(2, 8, 11), 2, gauss(400, 8, 12), 400, 8), Metric::ip, {0, 200, 400}, 300);
 }
 
-DEVICE_TEST_OF_VALUES(beats_without_queries_keys_targets_or_blocks) {
+DEVICE_TEST_OF_SIZES(beats_without_queries_keys_targets_or_blocks) {
   check_beats(part_of<bf16>({}, 0, gauss(4, 8, 1), 4, 8), Metric::ip, {0, 4}, 2);
   check_beats(part_of<bf16>(gauss(2, 8, 1), 2, gauss(4, 8, 1), 4, 8), Metric::ip, {0, 4}, 0);
   check_beats(part_of<bf16>(gauss(2, 8, 1), 2, gauss(4, 8, 1), 4, 8), Metric::ip, {2}, 2);

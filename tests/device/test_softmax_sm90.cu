@@ -99,18 +99,28 @@ void check(const Case& c) { check(Setup(c)); }
 
 }  // namespace
 
+// Every kernel, with more tiles than most rings have stages.
+DEVICE_TEST(every_kernel) {
+  for (Case c :
+       {Case{70, 900, 16}, Case{130, 500, 72, DType::f16}, Case{140, 330, 136}, Case{70, 300, 264, DType::f16}}) {
+    c.labels = kFew;
+    c.bias = c.exclude = true;
+    check(c);
+  }
+}
+
 // {B, N, D}: one row, one column, tails of rows, tiles and columns; several tiles, splits and clusters.
-DEVICE_TEST(sizes) {
+DEVICE_TEST_OF_SIZES(sizes) {
   for (const Case& c : {Case{1, 2, 64}, Case{33, 65, 8}, Case{130, 200, 72}, Case{20, 700, 128}, Case{140, 100, 256},
                         Case{70, 300, 200}, Case{70, 300, 512}})
     check(c);
 }
 
-DEVICE_TEST(many_tiles) {
+DEVICE_TEST_OF_SIZES(many_tiles) {
   for (const Case& c : {Case{270, 900, 16}, Case{900, 270, 16}}) check(c);
 }
 
-DEVICE_TEST(fp16_sizes) {
+DEVICE_TEST_OF_SIZES(fp16_sizes) {
   for (Case c : {Case{33, 270, 64}, Case{130, 70, 136}, Case{20, 300, 264}}) {
     c.dtype = DType::f16;
     c.labels = kFew;
@@ -119,9 +129,9 @@ DEVICE_TEST(fp16_sizes) {
   }
 }
 
-DEVICE_TEST(members) {
+DEVICE_TEST_OF_VALUES(members) {
   for (const Labels labels : {kNone, kFew, kMany, kSingle, kNegative})
-    for (int options = 0; options < 8; options += labels == kNone || labels == kFew ? 1 : 3) {
+    for (int options = 0; options < 8; options += labels == kFew ? 1 : 3) {
       Case c{37, 200, 24};
       c.labels = labels;
       c.bias = options & 1;
@@ -132,7 +142,7 @@ DEVICE_TEST(members) {
 }
 
 // The same choices where two warpgroups share a row.
-DEVICE_TEST(members_of_wide_rows) {
+DEVICE_TEST_OF_SIZES(members_of_wide_rows) {
   for (int options = 0; options < 8; options += 3) {
     Case c{70, 150, 264};
     c.labels = options ? kMany : kNone;
@@ -143,29 +153,40 @@ DEVICE_TEST(members_of_wide_rows) {
   }
 }
 
-DEVICE_TEST(strides) {
+DEVICE_TEST_OF_SIZES(strides) {
   Case c{140, 70, 120};
   c.padding = 16;
   c.offset = 8;
   check(c);
 }
 
-DEVICE_TEST(negative_scale) {
+DEVICE_TEST_OF_VALUES(negative_scale) {
   Case c{20, 300, 64};
   c.scale = -8.0f;
   check(c);
 }
 
-DEVICE_TEST(index_out_of_range) {
-  for (const int64_t bad : {int64_t{-2}, int64_t{75}, int64_t{1} << 40})
+// As in the reference: the row's statistics are NaN, and it sends no gradient, whatever arrives at it.
+DEVICE_TEST_OF_SIZES(index_out_of_range) {
+  for (const DType dtype : {DType::bf16, DType::f16})
     for (const bool of_positive : {true, false}) {
       device_test::allow_hopper();
-      Case c{37, 75, 24};
+      Case c{37, 75, 24, dtype};
       c.positive = c.exclude = true;
       Setup s(c);
-      const Results good = stats(s, true);
-      (of_positive ? s.positive : s.exclude)[11] = bad;
+      s.positive[11] = 3, s.exclude[11] = 5;
+      const Results truth = s.truth(), good = stats(s, true);
+      for (auto* g : {&s.g_neg, &s.g_pos, &s.g_sum}) (*g)[11] = 0;
+      const Results good_keys = key_grad(s, truth);
+      (of_positive ? s.positive : s.exclude)[11] = of_positive ? 75 : -(int64_t{1} << 40);
+      for (auto* g : {&s.g_neg, &s.g_pos, &s.g_sum}) (*g)[11] = of_positive ? NAN : 1e30f;
       const Results got = stats(s, true);
+      Results found = truth;
+      found.neg_lse[11] = found.pos_lse[11] = NAN;
+      const Results got_keys = key_grad(s, found);
+      compare("count", got.count, good.count, good.count, 0);
+      compare("dkeys", got_keys.dkeys, good_keys.dkeys, good_keys.dkeys, 0);
+      compare("dbias", got_keys.dbias, good_keys.dbias, good_keys.dbias, 0);
       for (int i = 0; i < c.B; ++i) {
         expect_close(got.neg_lse[i], i == 11 ? NAN : good.neg_lse[i], 0, "neg_lse", i);
         expect_close(got.pos_lse[i], i == 11 ? NAN : good.pos_lse[i], 0, "pos_lse", i);
@@ -179,7 +200,7 @@ DEVICE_TEST(index_out_of_range) {
 }
 
 // Logits of thousands, in rising order: the maximum moves with every tile.
-DEVICE_TEST(large_logits) {
+DEVICE_TEST_OF_VALUES(large_logits) {
   device_test::allow_hopper();
   for (const DType dtype : {DType::bf16, DType::f16}) {
     Case c{5, 700, dtype == DType::bf16 ? 64 : 264, dtype};
@@ -194,7 +215,7 @@ DEVICE_TEST(large_logits) {
 }
 
 // Infinities and NaN come through: a key that is NaN makes every row NaN, +inf makes it +inf.
-DEVICE_TEST(not_finite) {
+DEVICE_TEST_OF_VALUES(not_finite) {
   device_test::allow_hopper();
   for (const float value : {float(NAN), INFINITY})
     for (int j : {0, 5, 130, 299}) {
@@ -210,7 +231,7 @@ DEVICE_TEST(not_finite) {
 }
 
 // Gradients from 1e-12 to 1e9 meet fp16's narrow range.
-DEVICE_TEST(fp16_scales_of_gradients) {
+DEVICE_TEST_OF_VALUES(fp16_scales_of_gradients) {
   device_test::allow_hopper();
   for (const float size : {1e-12f, 3e-6f, 1e4f, 1e9f}) {
     Case c{20, 70, 16, DType::f16};
@@ -228,7 +249,7 @@ DEVICE_TEST(fp16_scales_of_gradients) {
   }
 }
 
-DEVICE_TEST(not_covered) {
+DEVICE_TEST_OF_VALUES(not_covered) {
   Case c{20, 30, 64};
   const Setup s(c);
   const Problem problem(s);
