@@ -16,27 +16,27 @@ DEVICE_TEST(hopper_topk_every_way_through_the_kernel) {
   Filter filter = {{1, 2}, {}, {7, -1}};
   for (int64_t j = 0; j < 400; ++j) filter.key_labels.push_back(j % 4);
   check_topk(parts, 10, Metric::cosine, filter);
-  check_plain<bf16>(260, 130, 8, 3, Metric::ip);
+  check_plain<bf16>(130, 130, 260, 3, Metric::ip, 4);
 }
 
 DEVICE_TEST_OF_VALUES(hopper_topk_columns) {
   allow_hopper();
   for (int64_t dim : {1, 31, 64, 100, 128, 256, 500, 512}) {
     const Metric metric = dim % 4 ? Metric::l2 : dim % 100 ? Metric::cosine : Metric::ip;
-    check_plain<bf16>(3, 400, dim, 10, metric, -dim & 7);
-    if (dim == 100 || dim == 512) check_plain<fp16>(3, 400, dim, 10, metric, -dim & 7);
+    check_plain<bf16>(3, 260, dim, 10, metric, -dim & 7);
+    if (dim == 100 || dim == 512) check_plain<fp16>(3, 260, dim, 10, metric, -dim & 7);
   }
-  check_plain<float>(2, 300, 500, 4, Metric::cosine);
-  check_plain<bf16>(2, 300, 20, 6, Metric::l2, 3);  // packed: no stride that the copy engine takes
+  check_plain<float>(2, 140, 500, 4, Metric::cosine);
+  check_plain<bf16>(2, 140, 20, 6, Metric::l2, 3);  // packed: no stride that the copy engine takes
 }
 
 // More than a block of queries, tiles of keys in part, blocks and keys that are not there.
 DEVICE_TEST_OF_VALUES(hopper_topk_rows) {
   allow_hopper();
   check_plain<bf16>(1, 1, 8, 1, Metric::ip);
-  check_plain<bf16>(129, 257, 200, 2, Metric::cosine);
+  check_plain<bf16>(129, 130, 200, 2, Metric::cosine);
   check_plain<fp16>(300, 129, 16, 1, Metric::l2);
-  check_plain<bf16>(140, 300, 264, 3, Metric::ip);  // two blocks of 128
+  check_plain<bf16>(260, 130, 8, 3, Metric::ip);
   check_plain<bf16>(0, 50, 8, 2, Metric::ip);
   check_plain<bf16>(2, 0, 8, 2, Metric::ip);
   check_plain<bf16>(3, 10, 8, 40, Metric::cosine);
@@ -45,36 +45,36 @@ DEVICE_TEST_OF_VALUES(hopper_topk_rows) {
 DEVICE_TEST_OF_VALUES(hopper_topk_splits_batches_and_blocks_of_keys) {
   allow_hopper();
   cuda::sm80::limits = {1, 1};  // 128 keys and 128 queries at a time
-  check_plain<float>(140, 300, 16, 4, Metric::cosine);
+  check_plain<float>(140, 260, 16, 4, Metric::cosine);
   cuda::sm80::limits = {64ll << 20, 1ll << 30};
-  check_plain<bf16>(2, 5000, 8, 3, Metric::l2);
+  check_plain<bf16>(2, 2200, 8, 3, Metric::l2);
 }
 
 DEVICE_TEST_OF_VALUES(hopper_topk_near_ties_and_duplicates) {
   allow_hopper();
   for (float relative : {1e-7f, 3e-3f}) {
-    std::vector<Part> parts = {part_of<float>(gauss(2, 32, 3), 2, near_ties(900, 32, 4, relative), 900, 32)};
+    std::vector<Part> parts = {part_of<float>(gauss(2, 32, 3), 2, near_ties(600, 32, 4, relative), 600, 32)};
     check_topk(parts, 20, Metric::l2);
   }
-  std::vector<Part> same = {part_of<fp16>(gauss(3, 24, 5), 3, duplicates(900, 24, 6, 3), 900, 24)};
+  std::vector<Part> same = {part_of<fp16>(gauss(3, 24, 5), 3, duplicates(600, 24, 6, 3), 600, 24)};
   check_topk(same, 30, Metric::cosine);
-  std::vector<Part> zero = {part_of<bf16>(std::vector<float>(2 * 8), 2, gauss(500, 8, 14), 500, 8)};
+  std::vector<Part> zero = {part_of<bf16>(std::vector<float>(2 * 8), 2, gauss(400, 8, 14), 400, 8)};
   check_topk(zero, 5, Metric::cosine);
 }
 
 DEVICE_TEST_OF_VALUES(hopper_topk_norms_of_every_size) {
   allow_hopper();
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
-    std::vector<Part> parts = {part_of<float>(mixed_norms(6, 16, 7, 3), 6, mixed_norms(400, 16, 8, 5), 400, 16)};
+    std::vector<Part> parts = {part_of<float>(mixed_norms(6, 16, 7, 3), 6, mixed_norms(300, 16, 8, 5), 300, 16)};
     check_topk(parts, 12, metric);
-    std::vector<Part> extreme = {part_of<bf16>(mixed_norms(6, 16, 9, 21), 6, mixed_norms(200, 16, 10, 30), 200, 16)};
+    std::vector<Part> extreme = {part_of<bf16>(mixed_norms(6, 16, 9, 21), 6, mixed_norms(130, 16, 10, 30), 130, 16)};
     check_topk(extreme, 12, metric);
   }
 }
 
 DEVICE_TEST_OF_VALUES(hopper_topk_segments_labels_and_exclude) {
   allow_hopper();
-  const int64_t queries = 130, n = 500;
+  const int64_t queries = 130, n = 400;
   Part old_part = part_of<bf16>(gauss(queries, 300, 13), queries, gauss(n, 300, 14), n, 300, 4);
   Part new_part = part_of<float>(gauss(queries, 20, 15), queries, gauss(n, 20, 16), n, 20);
   old_part.all = new_part.all = false;
@@ -101,7 +101,7 @@ DEVICE_TEST_OF_VALUES(hopper_topk_segments_labels_and_exclude) {
 
 DEVICE_TEST_OF_VALUES(hopper_topk_every_k) {
   allow_hopper();
-  check_plain<bf16>(2, 900, 16, 100, Metric::cosine);
+  check_plain<bf16>(2, 700, 16, 100, Metric::cosine);
   check_plain<fp16>(2, 700, 8, 300, Metric::ip);
   check_plain<bf16>(2, 2300, 8, 2048, Metric::ip);
 }
