@@ -62,6 +62,7 @@ def cases(tiny: bool) -> list[tuple[Case, tuple[str, ...]]]:
     ]
     search = [
         (Case("topk_ip", queries, items, 256, BF16, products=1), ("matmul+topk",)),
+        (Case("topk_ip", queries, items, 128, BF16, products=1), ("matmul+topk",)),
         (Case("topk_ip", queries, items, 256, FP32, products=1), ("matmul+topk", "faiss-gpu")),
     ]
     large = [

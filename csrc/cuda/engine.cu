@@ -4,6 +4,7 @@
 #include "search_sm80.h"
 #include "softmax_sm80.h"
 #include "softmax_sm90.h"
+#include "topk_sm90.h"
 
 namespace fastcompat::cuda {
 namespace {
@@ -107,12 +108,15 @@ void softmax_key_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, 
 
 size_t topk_scratch(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter,
                     const Launch& launch) {
+  if (hopper(launch) && sm90::covers_topk(segments)) return sm90::topk_scratch(segments, k, metric, filter, launch);
   return sm80::topk_scratch(segments, k, metric, filter, launch);
 }
 
 void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
           int64_t* ids, const Launch& launch) {
   const Current device(launch);
+  if (hopper(launch) && sm90::covers_topk(segments))
+    return sm90::topk(segments, k, metric, filter, scores, ids, launch);
   sm80::topk(segments, k, metric, filter, scores, ids, launch);
 }
 

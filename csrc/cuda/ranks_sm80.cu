@@ -34,8 +34,8 @@ size_t run_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
     const int64_t end = std::min(first + screen.block(), s.count);
     screen.read_keys(first, end, bounds, bounds + blocks, stream);
     if (any)
-      screen.run<Beats>({bounds, blocks, codes, places, targets, exclude, counts}, 0, queries, first, end, splits,
-                        stream);
+      run_screen<Beats>(screen.screen(0, queries, first, end),
+                        {bounds, blocks, codes, places, targets, exclude, counts}, splits, stream);
   }
   if (any)
     launch(sum_targets_kernel, dim3(blocks_of(queries * blocks)), dim3(THREADS), 0, stream, places, targets, blocks,

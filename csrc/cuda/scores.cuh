@@ -203,14 +203,17 @@ __device__ __forceinline__ void score_interval(float inner, const RowTerms& q, c
   }
 }
 
-// No key of the tile whose screened `inner` is below this has a score of `threshold` or more.
-__device__ __forceinline__ float inner_limit(float threshold, const RowTerms& q, const KeyBounds& tile,
-                                             const Space& s) {
+// No key whose `inner` is below this by its error has a score of `threshold` or more.
+__device__ __forceinline__ float inner_level(float threshold, const RowTerms& q, const Space& s) {
   const float scale = s.segment.scale, offset = s.segment.offset;
   if (!(scale > 0 && q.multiply > 0)) return -CUDART_INF_F;
   const float level = ((threshold - offset) / scale - q.add) / q.multiply;
-  const float rounding = 0x1p-18f * ((fabsf(threshold) + fabsf(offset)) / scale + fabsf(q.add)) / q.multiply;
-  const float limit = level - 1.001f * inner_error(q, tile, s.segment.keys.dim) - rounding;
+  return level - 0x1p-18f * ((fabsf(threshold) + fabsf(offset)) / scale + fabsf(q.add)) / q.multiply;
+}
+
+// The same for all keys of a tile as they are screened.
+__device__ __forceinline__ float limit_at(float level, const RowTerms& q, const KeyBounds& tile, const Space& s) {
+  const float limit = level - 1.001f * inner_error(q, tile, s.segment.keys.dim);
   return limit < 3e38f ? limit : -CUDART_INF_F;  // NaN: nothing is sure
 }
 

@@ -8,7 +8,8 @@
 // 128 registers of accumulators, 228 to 254 in all; 78.5 KiB of shared memory: two blocks on an SM of sm_80 and sm_90,
 // one on sm_86, sm_89 and sm_120. Floor: 2 B N D operations at the rate of mma.sync (about 60 % of Hopper's peak).
 #pragma once
-#include "row_terms.cuh"
+#include "ops80.h"
+#include "scores.cuh"
 
 namespace fastcompat::cuda::sm80 {
 
@@ -187,8 +188,9 @@ __global__ void __launch_bounds__(THREADS, 2)
     shared.keys[tid] = next_terms;
     next_terms = terms_of(first + TILE + tid);
     reduction.start_tile(first, end);
-    shared.limits[tid] = has_query && reduction.active() ? inner_limit(reduction.threshold(), query, next_tile, p.space)
-                                                         : CUDART_NAN_F;  // which nothing reaches, not even infinity
+    shared.limits[tid] = has_query && reduction.active()
+                             ? limit_at(inner_level(reduction.threshold(), query, p.space), query, next_tile, p.space)
+                             : CUDART_NAN_F;  // which nothing reaches, not even infinity
     next_tile = tile_of(first + TILE);
     float acc[4][8][4];
 #pragma unroll

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 
+#include "row_terms.cuh"
 #include "screen_sm80.cuh"
 
 namespace fastcompat::cuda::sm80 {
@@ -31,10 +32,10 @@ class Scratch {
 };
 
 // Into how many parts `tiles` tiles of keys are cut so that the blocks fill whole waves of the GPU.
-inline int splits_for(int64_t query_blocks, int64_t tiles, int device) {
+inline int splits_for(int64_t query_blocks, int64_t tiles, int device, int blocks_a_processor = 2) {
   int processors = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device attribute");
-  const int64_t slots = 2 * processors;
+  const int64_t slots = blocks_a_processor * processors;
   int64_t best = 1;
   double best_fill = 0;
   for (int64_t s = 1; s <= tiles / 4; ++s) {
@@ -56,12 +57,25 @@ inline void check_sizes(const Segment& s) {
     throw std::invalid_argument("more than 2**31 - 1 rows: search in parts and merge the results");
 }
 
+template <class Reduction>
+void run_screen(Screen screen, const typename Reduction::Problem& problem, int splits, void* stream) {
+  const int64_t query_blocks = tiles_in(screen.end_query - screen.first_query);
+  if (!query_blocks || screen.begin >= screen.end) return;
+  screen.per_split = (tiles_in(screen.end - screen.begin) + splits - 1) / splits * TILE;
+  screen.query_blocks = static_cast<int>(query_blocks);
+  auto kernel =
+      screen.space.segment.keys.dtype == DType::f16 ? screen_kernel<fp16, Reduction> : screen_kernel<bf16, Reduction>;
+  launch(kernel, dim3(static_cast<unsigned>(query_blocks * splits)), dim3(THREADS),
+         Shared::bytes + Reduction::shared_bytes, stream, screen, problem);
+}
+
 // A segment's rows as the kernels want them.
 class SegmentScreen {
  public:
-  // `terms` of a float32 are kept. `queries` of the segment's queries are screened at a time.
+  // `terms` of a float32 are kept. `queries` of the segment's queries are screened at a time. Where the tier cannot
+  // gather, listed rows are packed.
   SegmentScreen(const Segment& s, Metric metric, int number, int terms, int64_t start, int64_t queries, code_t* flag,
-                Scratch& scratch)
+                Scratch& scratch, bool gathers = true)
       : number_(number), terms_(s.keys.dtype == DType::f32 ? terms : 1), flag_(flag) {
     check_sizes(s);
     auto* query_terms = scratch.take<RowTerms>(s.query.rows);
@@ -72,7 +86,7 @@ class SegmentScreen {
     key_terms_ = key_terms;
     block_ = std::max<int64_t>(s.count, 1);
     if (!readable(s.query)) query_packed_ = scratch.take<uint16_t>(queries * packed_columns());
-    if (!readable(s.keys)) {
+    if (!readable(s.keys) || (s.rows && !gathers)) {
       const int64_t fit = limits.packed_bytes / 2 / packed_columns() / TILE * TILE;
       block_ = std::min(block_, std::max<int64_t>(fit, TILE));
       keys_packed_ = scratch.take<uint16_t>(block_ * packed_columns());
@@ -97,12 +111,9 @@ class SegmentScreen {
               stream);
   }
 
-  template <class Reduction>
-  void run(const typename Reduction::Problem& problem, int64_t first_query, int64_t end_query, int64_t first,
-           int64_t end, int splits, void* stream) const {
+  // These queries against these keys, not yet cut into blocks.
+  Screen screen(int64_t first_query, int64_t end_query, int64_t first, int64_t end) const {
     const Segment& s = space_.segment;
-    const int64_t query_blocks = tiles_in(end_query - first_query);
-    if (!query_blocks || first >= end) return;
     Screen screen = {};
     screen.query = operand(s.query, nullptr, query_packed_, first_query);
     screen.keys = operand(s.keys, s.rows, keys_packed_, first);
@@ -113,11 +124,7 @@ class SegmentScreen {
     screen.end_query = end_query;
     screen.begin = first;
     screen.end = end;
-    screen.per_split = (tiles_in(end - first) + splits - 1) / splits * TILE;
-    screen.query_blocks = static_cast<int>(query_blocks);
-    auto kernel = s.keys.dtype == DType::f16 ? screen_kernel<fp16, Reduction> : screen_kernel<bf16, Reduction>;
-    launch(kernel, dim3(static_cast<unsigned>(query_blocks * splits)), dim3(THREADS),
-           Shared::bytes + Reduction::shared_bytes, stream, screen, problem);
+    return screen;
   }
 
  private:

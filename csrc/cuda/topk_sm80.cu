@@ -1,14 +1,15 @@
-// Top-k on the portable tier: lays out the scratch, screens segment after segment, merges.
+// The run of a top-k on any tier: lays out the scratch, screens segment after segment, merges. And the portable tier.
+#include "merge.cuh"
 #include "search_sm80.h"
 #include "segments_sm80.cuh"
 #include "topk_sm80.cuh"
 
-namespace fastcompat::cuda::sm80 {
-namespace {
+namespace fastcompat::cuda {
 
-// Both the layout and the search, so that they cannot differ: without memory it only counts bytes.
-size_t run_topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
-                int64_t* ids, const Launch& launch, bool runs) {
+// Both the layout and the search, so that they cannot differ.
+size_t run_topk(const TopkTier& tier, const std::vector<Segment>& segments, int64_t k, Metric metric,
+                const TopkFilter& filter, float* scores, int64_t* ids, const Launch& launch, bool runs) {
+  using namespace sm80;
   if (segments.size() > MAX_SEGMENTS)
     throw std::invalid_argument("more than " + std::to_string(MAX_SEGMENTS) +
                                 " segments: search in parts and merge the results");
@@ -23,16 +24,17 @@ size_t run_topk(const std::vector<Segment>& segments, int64_t k, Metric metric, 
   const int64_t wanted = std::min(k, total), capacity = capacity_for(wanted);
   if (capacity > 0x7fffffff) throw std::invalid_argument("`k` is too large: at most 2**30");
 
-  const int64_t list_bytes = capacity * 12;
+  const int64_t list_bytes = capacity * 12, rows_a_block = tier.rows_a_block(segments);
   auto cut = [&](int64_t rows) {
-    const int splits = splits_for(tiles_in(rows), tiles_in(longest), launch.device);
+    const int64_t blocks = (rows + rows_a_block - 1) / rows_a_block;
+    const int splits = splits_for(blocks, tiles_in(longest), launch.device, tier.blocks_a_processor);
     return static_cast<int>(std::min<int64_t>(splits, std::max<int64_t>(1, longest / (4 * capacity))));
   };
   int64_t batch = std::max<int64_t>(tiles_in(queries), 1) * TILE;
   batch = std::clamp<int64_t>(limits.candidate_bytes / (list_bytes * cut(batch)) / TILE * TILE, TILE, batch);
   const int splits = cut(batch);
 
-  Scratch scratch(launch.scratch);
+  Scratch scratch(runs ? launch.scratch : nullptr);
   code_t* flag = scratch.take<code_t>(1);
   TopkProblem problem = {};
   problem.lists = {scratch.take<float>(batch * splits * capacity), scratch.take<float>(batch * splits * capacity),
@@ -47,7 +49,7 @@ size_t run_topk(const std::vector<Segment>& segments, int64_t k, Metric metric, 
   int64_t start = 0;
   for (const Segment& s : segments) {
     const int n = static_cast<int>(screens.size());
-    screens.emplace_back(s, metric, n, 1, start, batch, flag, scratch);
+    screens.emplace_back(s, metric, n, 1, start, batch, flag, scratch, tier.gathers);
     problem.gallery.spaces[n] = screens.back().space();
     start += s.count;
   }
@@ -66,7 +68,7 @@ size_t run_topk(const std::vector<Segment>& segments, int64_t k, Metric metric, 
       for (int64_t from = 0; from < s.space().segment.count; from += s.block()) {
         const int64_t to = std::min(from + s.block(), s.space().segment.count);
         if (first == 0 || s.packs_keys()) s.read_keys(from, to, nullptr, nullptr, stream);
-        if (wanted) s.run<Topk>(problem, first, end, from, to, splits, stream);
+        if (wanted) tier.screen(s.screen(first, end, from, to), problem, launch);
       }
     }
     if (first < end)
@@ -77,18 +79,25 @@ size_t run_topk(const std::vector<Segment>& segments, int64_t k, Metric metric, 
   return 0;
 }
 
+namespace sm80 {
+namespace {
+
+const TopkTier tier = {true, 2, [](const std::vector<Segment>&) { return TILE; },
+                       [](const Screen& screen, const TopkProblem& problem, const Launch& launch) {
+                         run_screen<Topk>(screen, problem, problem.splits, launch.stream);
+                       }};
+
 }  // namespace
 
 size_t topk_scratch(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter,
                     const Launch& launch) {
-  Launch sizes = launch;
-  sizes.scratch = nullptr;
-  return run_topk(segments, k, metric, filter, nullptr, nullptr, sizes, false);
+  return run_topk(tier, segments, k, metric, filter, nullptr, nullptr, launch, false);
 }
 
 void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
           int64_t* ids, const Launch& launch) {
-  run_topk(segments, k, metric, filter, scores, ids, launch, true);
+  run_topk(tier, segments, k, metric, filter, scores, ids, launch, true);
 }
 
-}  // namespace fastcompat::cuda::sm80
+}  // namespace sm80
+}  // namespace fastcompat::cuda

@@ -1,5 +1,5 @@
 // Top-k of the portable tier against a full sort: ids, ties and bits.
-#include "search_cases.h"
+#include "topk_cases.h"
 #include "topk_sm80.cu"
 
 using namespace fastcompat;
@@ -8,71 +8,7 @@ using namespace search_cases;
 using cuda::bf16;
 using cuda::fp16;
 
-namespace {
-
-struct Filter {
-  std::vector<int64_t> query_labels, key_labels, exclude;  // empty: none
-};
-
-uint64_t check_topk(std::vector<Part>& parts, int64_t k, Metric metric, const Filter& filter = {}) {
-  const int64_t queries = parts[0].query.rows;
-  std::vector<Segment> segments;
-  for (Part& part : parts) segments.push_back(part.segment());
-  Buffer<float> scores(queries * k);
-  Buffer<int64_t> ids(queries * k);
-  Buffer<int64_t> query_labels(filter.query_labels), key_labels(filter.key_labels), exclude(filter.exclude);
-  const TopkFilter on_device = {filter.query_labels.empty() ? nullptr : query_labels.data(),
-                                filter.key_labels.empty() ? nullptr : key_labels.data(),
-                                filter.exclude.empty() ? nullptr : exclude.data()};
-  cuda::Launch launch = {};
-  Buffer<unsigned char> scratch(cuda::sm80::topk_scratch(segments, k, metric, on_device, launch));
-  launch.scratch = scratch.data();
-  cuda::sm80::topk(segments, k, metric, on_device, scores.data(), ids.data(), launch);
-  cuda::check(cudaDeviceSynchronize(), "topk");
-  const auto got_scores = same_bits(scores);
-  const auto got_ids = same_bits(ids);
-  for (int64_t i = 0; i < queries; ++i) {
-    Ranked truth;
-    for (const Part& part : parts)
-      for (int64_t n = 0; n < part.count(); ++n) {
-        const int64_t id = part.row(n);
-        if (!filter.exclude.empty() && filter.exclude[i] == id) continue;
-        if (!filter.query_labels.empty() && filter.query_labels[i] >= 0 &&
-            filter.query_labels[i] == filter.key_labels[id])
-          continue;
-        const float score =
-            score32(part.query.row(i), part.keys.row(id), part.keys.dim, metric, part.scale, part.offset);
-        if (score > -INF) truth.push_back({score, id});
-      }
-    sort_ranked(truth);
-    truth.resize(k, {static_cast<float>(-INF), -1});
-    long wrong = 0;
-    for (int64_t r = 0; r < k; ++r)
-      wrong += got_ids[i * k + r] != truth[r].second || got_scores[i * k + r] != truth[r].first;
-    expect(!wrong, "%ld of row %ld's best %ld differ from the sort", wrong, long(i), long(k));
-  }
-  uint64_t flag;
-  cuda::check(cudaMemcpy(&flag, scratch.data(), sizeof flag, cudaMemcpyDeviceToHost), "cudaMemcpy");
-  return flag;
-}
-
-template <class T>
-Part part_of(std::vector<float> query, int64_t queries, std::vector<float> keys, int64_t n, int64_t dim,
-             int64_t padding = 0, int64_t shift = 0) {
-  Part part;
-  part.query = Rows::of<T>(std::move(query), queries, dim, padding, shift);
-  part.keys = Rows::of<T>(std::move(keys), n, dim, padding, shift);
-  return part;
-}
-
-template <class T>
-void check_plain(int64_t queries, int64_t n, int64_t dim, int64_t k, Metric metric, int64_t padding = 0,
-                 int64_t shift = 0) {
-  std::vector<Part> parts = {part_of<T>(gauss(queries, dim, 1), queries, gauss(n, dim, 2), n, dim, padding, shift)};
-  expect(check_topk(parts, k, metric) == cuda::all_finite, "a finite row was flagged");
-}
-
-}  // namespace
+const TopkFunctions search_cases::tier = {cuda::sm80::topk_scratch, cuda::sm80::topk};
 
 // Packing, splits, lists that fill, candidates rescored in place, labels, the merge.
 DEVICE_TEST(topk_every_way_through_the_kernels) {
