@@ -1,7 +1,8 @@
-"""Write a result into the documentation: `python bench/publish.py bench/results/FILE.json`.
+"""Write results into the documentation: `python bench/publish.py bench/results/FILE.json ...`, one a machine.
 
-Rewrites the block between the markers in README.md and in docs/performance.md, and draws docs/roofline.png.
-`python bench/publish.py --check` fails where a block is not what the result that it names gives.
+`FILE.json+LATER.json` is one machine whose later result replaces the cases that it measured again. Rewrites
+the block between the markers in README.md and in docs/performance.md, and draws docs/roofline.png from the
+first. `python bench/publish.py --check` fails where a block is not what the results that it names give.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def readme(run: dict[str, Any], link: str) -> Iterator[str]:
     text = (
         f"How many times faster than the baseline, on one thread; **bold**: slower. {info['cpu']}, "
         f"{info['cores']} cores, {', '.join(info['instructions'])}; torch {torch}, faiss {faiss}; "
-        f"[result]({link}). Losses: 1,024 queries against 65,536 keys, one positive each, forward and "
+        f"{link}. Losses: 1,024 queries against 65,536 keys, one positive each, forward and "
         f"backward, which takes {ours} MiB where eager torch takes {eager} (float32, gallery frozen, D=128). "
         "Search: exact top-100 of 100,000."
     )
@@ -79,7 +80,9 @@ def times(case: Case, side: str) -> str:
 
 def performance(run: dict[str, Any], link: str) -> Iterator[str]:
     """Yield everything the result holds."""
-    yield f"Measured on {run['datetime'][:10]}; [result]({link})."
+    yield f"## {run['machine_info']['cpu']}, {run['machine_info']['build'].get('simd', '?')}"
+    yield ""
+    yield f"Measured on {run['datetime'][:10]}; {link}."
     yield ""
     yield from tables(run)
 
@@ -90,45 +93,63 @@ PAGES: dict[str, Callable[[dict[str, Any], str], Iterator[str]]] = {
 }
 
 
-def block(page: str, result: str) -> str:
-    """Return the block of a page as the result gives it, markers included."""
-    run = json.loads((ROOT / result).read_text())
-    lines = PAGES[page](run, os.path.relpath(result, Path(page).parent))
-    return BEGIN.format(result) + "\n".join(lines).strip() + "\n" + END
+def load(result: str) -> dict[str, Any]:
+    """Return a machine's result; what was measured again later counts."""
+    first, *later = (json.loads((ROOT / file).read_text()) for file in result.split("+"))
+    cases = {}
+    for run in (first, *later):
+        assert run["machine_info"]["cpu"] == first["machine_info"]["cpu"], "two machines"
+        for entry in run["benchmarks"]:
+            case = entry["extra_info"]
+            cases[(case["kind"], case["dtype"], *case["shape"], case["threads"])] = entry
+    return {**first, "benchmarks": list(cases.values())}
+
+
+def block(page: str, results: str) -> str:
+    """Return the block of a page as the results give it, markers included."""
+    parts = []
+    for result in results.split():
+        links = [os.path.relpath(file, Path(page).parent) for file in result.split("+")]
+        link = ", ".join(f"[result]({link})" for link in links)
+        parts.append("\n".join(PAGES[page](load(result), link)).strip() + "\n")
+    return BEGIN.format(results) + "\n".join(parts) + END
 
 
 def split(page: str) -> tuple[str, str, str, str]:
-    """Return the text before a page's block, the result it names, the block, the text after it."""
+    """Return the text before a page's block, the results it names, the block, the text after it."""
     text = (ROOT / page).read_text()
     opening, closing = BEGIN.split("{}")
     before, first, rest = text.partition(opening)
-    result, second, inside = rest.partition(closing)
+    results, second, inside = rest.partition(closing)
     inside, last, after = inside.partition(END)
     if not (first and second and last):
         sys.exit(f"{page} has lost its markers: {BEGIN.format('FILE').strip()} and {END.strip()}")
-    return before, result, first + result + second + inside + last, after
+    return before, results, first + results + second + inside + last, after
 
 
 def check() -> None:
     """Exit with an error where a page does not show what its result gives."""
     for page in PAGES:
-        _, result, shown, _ = split(page)
-        if shown != block(page, result):
-            sys.exit(f"{page} does not show {result}: run `python bench/publish.py {result}`")
+        _, results, shown, _ = split(page)
+        if shown != block(page, results):
+            sys.exit(f"{page} does not show {results}: run `python bench/publish.py {results}`")
 
 
-def main(path: str) -> None:
-    """Rewrite the pages and the picture from one result."""
+def main(arguments: list[str]) -> None:
+    """Rewrite the pages from the results, and the picture from the first."""
     from roofline import draw
 
-    result = Path(path).resolve().relative_to(ROOT).as_posix()
+    machines = (
+        "+".join(Path(f).resolve().relative_to(ROOT).as_posix() for f in a.split("+")) for a in arguments
+    )
+    results = " ".join(machines)
     for page in PAGES:
         before, _, _, after = split(page)
-        (ROOT / page).write_text(before + block(page, result) + after)
-    draw(json.loads((ROOT / result).read_text()), ROOT / "docs" / "roofline.png")
+        (ROOT / page).write_text(before + block(page, results) + after)
+    draw(load(results.split()[0]), ROOT / "docs" / "roofline.png")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    check() if sys.argv[1] == "--check" else main(sys.argv[1])
+    check() if sys.argv[1] == "--check" else main(sys.argv[1:])
