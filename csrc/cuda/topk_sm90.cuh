@@ -72,7 +72,7 @@ struct WarpRows {
   int64_t first;        // query of row 0
   int64_t begin;        // position of the split's first key
   int split, filled = 0;
-  float level = CUDART_NAN_F;  // of the lane's own row
+  float level = 0;  // of the lane's own row, from look() on
 
   __device__ int64_t query_of(int row) const { return first + row % 4 / 2 * 64 + row % 2 * 8 + row / 4; }
   __device__ int64_t list_of(int row) const { return (query_of(row) - screen.first_query) * problem.splits + split; }
