@@ -8,7 +8,7 @@ namespace fastcompat::cuda::sm90 {
 constexpr int kFinishWarps = 8;
 
 // One warp per query. Every split has so many sums, relative to the same ref.
-// report: finish_stats 64 registers; LDG.*128*
+// report: finish_stats 40 registers; LDG.*128*
 template <class T>
 __global__ void __launch_bounds__(32 * kFinishWarps)
     finish_stats(SoftmaxProblem p, Pairs pairs, LogSumExp<T, 0> parts, SoftmaxStats out, int splits, int sums) {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
 }
 
 // Sums of the splits' parts, four elements a thread.
-// report: finish_key_grad 40 registers; LDG.*128*
+// report: finish_key_grad 32 registers; LDG.*128*
 template <class T>
 __global__ void __launch_bounds__(256) finish_key_grad(const float* parts, T* dkeys, int64_t quads, int splits) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(256) finish_bias_grad(const float* parts, floa
 }
 
 // power: 2^(14 - e) for the largest coefficient bound in [2^e, 2^(e+1)): every fp16 coefficient stays below 2^15.
-// report: coefficient_power 32 registers
+// report: coefficient_power 27 registers
 __global__ void __launch_bounds__(1024) coefficient_power(Pairs pairs, SoftmaxGrads grads, float* power) {
   DYN_SMEM(smem);
   float* of_warp = reinterpret_cast<float*>(smem);

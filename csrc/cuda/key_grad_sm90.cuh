@@ -36,7 +36,11 @@ struct KeyCoefficients {
 
   __device__ bool columns_wanted() const { return true; }
   __device__ bool fill(Column& c, int query, int row0, int rows) const {
-    const bool in = query < pairs.queries && !pairs.bad(query);
+    bool in = query < pairs.queries;
+    c.positive = pairs.index(pairs.positive, query, in);
+    c.exclude = pairs.index(pairs.exclude, query, in);
+    const bool here = static_cast<unsigned>(c.positive - row0) < static_cast<unsigned>(rows) ||
+                      static_cast<unsigned>(c.exclude - row0) < static_cast<unsigned>(rows);
     const float power = kHalf ? *this->power : 1.0f;
     // An empty set, or a query that names no key, has gradient 0 whatever arrives.
     float lse = in && grads.g_neg ? grads.neg_lse[query] : -CUDART_INF_F;
@@ -51,10 +55,7 @@ struct KeyCoefficients {
     const int64_t label = in && pairs.query_labels ? pairs.query_labels[query] : -1;
     c.label[0] = static_cast<uint32_t>(label);
     c.label[1] = static_cast<uint32_t>(label >> 32);
-    c.positive = pairs.index(pairs.positive, query);
-    c.exclude = pairs.index(pairs.exclude, query);
-    return static_cast<unsigned>(c.positive - row0) < static_cast<unsigned>(rows) ||
-           static_cast<unsigned>(c.exclude - row0) < static_cast<unsigned>(rows);
+    return here;
   }
 
   __device__ Rows begin(int row) const {

@@ -82,6 +82,13 @@ struct Pairs {
     const int64_t j = list[query];
     return j < 0 || j >= keys ? -1 : static_cast<int>(j);
   }
+  // The same; clears `valid` where the number is no key's and not -1.
+  __device__ int index(const int64_t* list, int64_t query, bool& valid) const {
+    if (!list || query >= queries) return -1;
+    const int64_t j = list[query];
+    valid &= j >= -1 && j < keys;
+    return j < 0 || j >= keys ? -1 : static_cast<int>(j);
+  }
   __device__ bool bad_index(const int64_t* list, int64_t query) const {
     return list && (list[query] < -1 || list[query] >= keys);
   }

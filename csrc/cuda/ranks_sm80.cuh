@@ -88,7 +88,7 @@ struct Beats {
 };
 
 // Sorts each query's targets: a target's place is how many come before it.
-// report: sort_targets_kernel 40 registers
+// report: sort_targets_kernel 36 registers
 __global__ void __launch_bounds__(THREADS)
     sort_targets_kernel(const float* thresholds, const int64_t* ids, int64_t n_targets, int chunks, code_t* codes,
                         int* targets) {
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // A pair was counted for the highest target it beats: it beats the lower ones as well. One thread per query and block.
-// report: sum_targets_kernel 32 registers
+// report: sum_targets_kernel 26 registers
 __global__ void __launch_bounds__(THREADS)
     sum_targets_kernel(const int* targets, int64_t n_targets, int64_t blocks, int64_t pairs, unsigned long long* out) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
@@ -135,7 +135,7 @@ struct PairProblem {
 constexpr code_t BAD_QUERY = nonfinite_code(0, false, 0), BAD_KEY = nonfinite_code(0, true, 0);
 
 // One warp per pair. An id past the keys gives NaN. Floor: two rows read per pair.
-// report: pair_kernel 64 registers; LDG.E.128*
+// report: pair_kernel 48 registers; LDG.E.128*
 __global__ void __launch_bounds__(THREADS) pair_kernel(const __grid_constant__ PairProblem p) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
   if (at >= p.segment.query.rows * max(p.n_targets, static_cast<int64_t>(1))) return;

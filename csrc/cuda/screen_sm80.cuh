@@ -154,7 +154,7 @@ __device__ __forceinline__ void multiply_piece(const unsigned char* stage, const
 // thread asks active() and threshold(), what a score must reach, of the row of its number; offer(row, column, position,
 // low, high) hears of one survivor and says whether it wants settle(row, column, position, score), which a whole warp
 // enters.
-// report: screen_kernel 255 registers; HMMA.16816.F32*, LDSM.16.M88.4, LDGSTS.E.BYPASS.128*
+// report: screen_kernel 254 registers; HMMA.16816.F32*, LDSM.16.M88.4, LDGSTS.E.BYPASS.128*
 template <class T, class Reduction>
 __global__ void __launch_bounds__(THREADS, 2)
     screen_kernel(const __grid_constant__ Screen p, const __grid_constant__ typename Reduction::Problem problem) {

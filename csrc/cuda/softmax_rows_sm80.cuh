@@ -20,7 +20,7 @@ __device__ __forceinline__ double over_warp(double v) {
 }
 
 // Rows of any stride become planes of 16-byte aligned rows: a float is split into `terms` bf16 numbers.
-// report: pack_rows 64 registers
+// report: pack_rows 40 registers
 __global__ void __launch_bounds__(kRowThreads)
     pack_rows(Matrix from, int terms, uint16_t* to, int64_t stride, int64_t plane) {
   const int64_t cells = stride / 8, all = from.rows * cells;
@@ -60,7 +60,7 @@ __device__ __forceinline__ double exp_shift(float top, double shift) {
 }
 
 // neg_lse = max + log of the sum, mean = the splits' sums under one maximum; likewise positives.
-// report: combine_stats 96 registers
+// report: combine_stats 40 registers
 __global__ void __launch_bounds__(kRowThreads) combine_stats(const __grid_constant__ CombineArgs a) {
   const int64_t B = a.query.rows, N = a.keys.rows, D = a.query.dim, row = row_of_warp();
   const int lane = threadIdx.x % 32;
@@ -131,7 +131,7 @@ __device__ __forceinline__ CleanGradients clean(const SoftmaxGrads& in, int64_t 
 
 // The power of two that takes the largest possible coefficient to 2^14 .. 2^15: fp16 coefficients keep their bits. One
 // block.
-// report: find_coefficient_scale 64 registers
+// report: find_coefficient_scale 18 registers
 __global__ void __launch_bounds__(1024) find_coefficient_scale(const __grid_constant__ TermsArgs a) {
   DYN_SMEM(smem);
   int* largest = reinterpret_cast<int*>(smem);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(1024) find_coefficient_scale(const __grid_cons
   }
 }
 
-// report: make_terms 64 registers
+// report: make_terms 30 registers
 __global__ void __launch_bounds__(kRowThreads) make_terms(const __grid_constant__ TermsArgs a) {
   const int64_t i = blockIdx.x * int64_t{kRowThreads} + threadIdx.x;
   if (i >= a.queries) return;
@@ -180,7 +180,7 @@ struct QueryGradArgs {
 };
 
 // u = g_neg mean + sum over positives; dquery = scale u, dscale = <query, u>.
-// report: finish_query_grad 96 registers
+// report: finish_query_grad 36 registers
 __global__ void __launch_bounds__(kRowThreads) finish_query_grad(const __grid_constant__ QueryGradArgs a) {
   const int64_t B = a.query.rows, N = a.keys.rows, D = a.query.dim, row = row_of_warp();
   if (row >= B) return;
@@ -213,7 +213,7 @@ struct KeyGradArgs {
   float* dbias;
 };
 
-// report: add_key_grads 96 registers
+// report: add_key_grads 40 registers
 __global__ void __launch_bounds__(kRowThreads) add_key_grads(const __grid_constant__ KeyGradArgs a) {
   const int64_t row = row_of_warp();
   if (row >= a.keys) return;
