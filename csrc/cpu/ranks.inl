@@ -1,51 +1,163 @@
 namespace {
 
 // ---- beat-counts ----
+//
+// The thresholds of a query, ascending, cut its scores into intervals; counting how many scores fall into each gives
+// all of its beat-counts. A score's interval is looked up: a rising map takes scores to places in a table, and the map
+// takes thresholds there by the same arithmetic, so a score in a place that holds no threshold is on the side of every
+// threshold that its place is on. The few in a place that does hold one are in doubt: bisection finds their interval.
 
-// How many of a block's scores [n][L] beat each lane's threshold; equal scores fall to the smaller id.
-inline void count_block(const float* scores, int n, const int32_t* ids, const float* thresholds, const int32_t* target,
-                        int32_t* counts) {
-  for (int v = 0; v < NV; ++v) {
-    const F limit = Simd::load(thresholds + v * W);
-    I count = Simd::set1(int32_t{0});
-    for (int i = 0; i < n; ++i) {
-      const F score = Simd::load(scores + i * L + v * W);
-      count = Simd::count(count, Simd::gt(score, limit));
-      for (uint32_t ties = Simd::bits(Simd::eq(score, limit)); ties; ties &= ties - 1) {
-        const int lane = v * W + __builtin_ctz(ties);
-        counts[lane] += ids[i] < target[lane];
+constexpr int kMostBelow = (1 << 15) / L - 1;  // the table tells numbers of thresholds up to this one
+
+// A lane's map from scores to places: (score - low) * factor + origin, kept in first .. last.
+struct PlaceMap {
+  float low[L], factor[L], origin[L], first[L], last[L];
+
+  // Never an infinity times zero: NaN alone gives NaN, which goes to the first place, below all thresholds.
+  I place(F score, int v) const {
+    const auto of = [&](const float* x) { return Simd::load(x + v * W); };
+    const F at = Simd::fma(Simd::sub(score, of(low)), of(factor), of(origin));
+    return Simd::truncate(Simd::min(Simd::max(at, of(first)), of(last)));
+  }
+};
+
+// A score and its id as one number that is larger for the better of two; NaN beats nothing.
+inline int64_t standing(float score, int32_t id) { return score == score ? standing_of(score, id) : INT64_MIN; }
+
+// The sizes that all strips of an item share.
+struct IntervalSizes {
+  static constexpr int places = 256;  // of a lane: more would put fewer scores in doubt, but leave the first cache
+  int64_t targets;
+  int32_t doubt;  // a power of two above every L * number of thresholds that the table tells
+
+  explicit IntervalSizes(int64_t targets) : targets(targets), doubt(L) {
+    while (doubt < (smaller<int64_t>(targets, kMostBelow) + 1) * L) doubt *= 2;
+  }
+  int64_t table_floats() const { return L * places / 2; }
+  int64_t counts() const { return targets * L < doubt ? 2 * doubt : (targets + 1) * L + doubt; }
+};
+
+struct Strip : IntervalSizes {
+  PlaceMap& map;
+  const int64_t* thresholds;  // [lanes][targets], ascending standings; padding last
+  int lanes;
+  uint16_t* table;  // [L][places]: L * how many thresholds are below the place; with `doubt` where it holds some
+  int32_t* counts;  // [intervals][L], and what is in doubt by the number of thresholds surely below, which is not used
+
+  int64_t real(int lane) const {
+    int64_t n = lane < lanes ? targets : 0;
+    while (n && thresholds[lane * targets + n - 1] == INT64_MAX) --n;
+    return n;
+  }
+  float score(int lane, int64_t r) const {
+    return float_of(static_cast<int32_t>(thresholds[lane * targets + r] >> 32));
+  }
+
+  void prepare() {
+    int64_t count[L], most = 0;
+    int next[L] = {};
+    for (int lane = 0; lane < L; ++lane) {
+      count[lane] = real(lane);
+      most = most < count[lane] ? count[lane] : most;
+      int64_t low = 0, high = count[lane] - 1;
+      while (low < high && score(lane, low) == -kInf) ++low;
+      while (low < high && score(lane, high) == kInf) --high;
+      const double from = low <= high ? score(lane, low) : 0, to = low <= high ? score(lane, high) : 0;
+      const double factor = (places - 4) / (to - from);
+      const bool finite = from - from == 0 && to - to == 0;
+      map.low[lane] = finite ? static_cast<float>(from) : 0;
+      map.factor[lane] = finite && factor < 1e30 ? static_cast<float>(factor) : 1e30f;
+      map.first[lane] = static_cast<float>(lane * places);
+      map.last[lane] = static_cast<float>(lane * places + places - 2);  // the next one says where its thresholds end
+      map.origin[lane] = static_cast<float>(lane * places + 1);
+    }
+    const auto fill = [&](int lane, int to, int64_t below) {
+      const int64_t code = below > kMostBelow ? kMostBelow * L + doubt : below * L;
+      while (next[lane] < to) table[lane * places + next[lane]++] = static_cast<uint16_t>(code);
+    };
+    for (int64_t r = 0; r < most; ++r) {
+      float limits[L];
+      int32_t at[L];
+      for (int lane = 0; lane < L; ++lane) limits[lane] = r < count[lane] ? score(lane, r) : 0;
+      for (int v = 0; v < NV; ++v) Simd::store(at + v * W, map.place(Simd::load(limits + v * W), v));
+      for (int lane = 0; lane < L; ++lane) {
+        if (r >= count[lane]) continue;
+        fill(lane, at[lane] - lane * places + 1, r);
+        table[at[lane]] |= static_cast<uint16_t>(doubt);
       }
     }
-    int32_t whole[W];
-    Simd::store(whole, count);
-    for (int lane = 0; lane < W; ++lane) counts[v * W + lane] += whole[lane];
+    for (int lane = 0; lane < L; ++lane) fill(lane, places, count[lane]);
   }
-}
+
+  // How many thresholds are below this standing, which falls to this place.
+  int64_t below(int lane, int32_t place, int64_t standing) const {
+    const int64_t least = (table[place] & (doubt - 1)) / L, most = (table[place + 1] & (doubt - 1)) / L;
+    const int64_t* from = thresholds + lane * targets + least;
+    for (int64_t n = (most < kMostBelow ? most : targets) - least; n > 0;) {
+      const int64_t half = (n + 1) / 2;
+      from += half & -static_cast<int64_t>(from[half - 1] < standing);
+      n -= half;
+    }
+    return from - (thresholds + lane * targets);
+  }
+
+  // Counts a block's scores [n][L]; `at` and `doubts` have room for as many numbers, and one more.
+  void count(const float* scores, int n, const int32_t* ids, int32_t* at, int32_t* doubts) const {
+    for (int i = 0; i < n; ++i)
+      for (int v = 0; v < NV; ++v) Simd::store(at + i * L + v * W, map.place(Simd::load(scores + i * L + v * W), v));
+    int doubtful = 0;
+    for (int i = 0; i < n; ++i) {
+      const int32_t* place = at + i * L;
+      int32_t any = 0;
+#pragma GCC unroll 32
+      for (int lane = 0; lane < L; ++lane) {
+        const int32_t code = table[place[lane]];
+        ++counts[code + lane];
+        any |= code;
+      }
+      if (any & doubt)
+        for (int lane = 0; lane < L; ++lane) {
+          doubts[doubtful] = i * L + lane;
+          doubtful += (table[place[lane]] & doubt) != 0;
+        }
+    }
+    for (int d = 0; d < doubtful; ++d) {
+      const int k = doubts[d];
+      ++counts[below(k % L, at[k], standing(scores[k], ids[k / L])) * L + k % L];
+    }
+  }
+};
 
 template <class A>
 void beats_with(const BeatsItem& item, Workspace& ws) {
   const SearchSegment& s = *item.segment;
   const PackedQueries<A> queries(s, item.metric, item.first_query, item.n_queries, ws);
   const SegmentTerms constant(s, item.metric);
-  const int64_t targets = item.targets, per_strip = targets * L;
+  const int64_t targets = item.targets;
+  const IntervalSizes sizes(targets);
   float* block = ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK);
-  float* scores = ws.floats(kScores, NB * L);
-  float* thresholds = ws.floats(kOut, queries.strips * per_strip);
-  int32_t* target_ids = reinterpret_cast<int32_t*>(ws.floats(kMisc, queries.strips * per_strip));
-  int32_t* counts = reinterpret_cast<int32_t*>(ws.floats(kRowPairs, queries.strips * per_strip));
-  for (int64_t q = 0; q < queries.strips * L; ++q)
-    for (int64_t p = 0; p < targets; ++p) {
-      const int64_t at = (q / L) * per_strip + p * L + q % L, from = (item.first_query + q) * targets + p;
-      const bool real = q < item.n_queries && item.threshold_ids[from] >= 0;
-      thresholds[at] = real ? item.thresholds[from] : kInf;
-      target_ids[at] = real ? static_cast<int32_t>(item.threshold_ids[from]) : -1;
-    }
+  float* scores = ws.floats(kScores, 3 * NB * L + L);
+  int32_t* places = reinterpret_cast<int32_t*>(scores + NB * L);
+  int32_t* doubts = places + NB * L;
+  PlaceMap* maps =
+      reinterpret_cast<PlaceMap*>(ws.floats(kOut, queries.strips * int64_t{sizeof(PlaceMap) / sizeof(float)}));
+  float* tables = ws.floats(kRowPairs, queries.strips * sizes.table_floats());
+  int32_t* counts = reinterpret_cast<int32_t*>(ws.floats(kMisc, queries.strips * sizes.counts()));
+  const auto strip = [&](int t) {
+    return Strip{sizes,
+                 maps[t],
+                 item.thresholds + (item.first_query + t * L) * targets,
+                 static_cast<int>(smaller<int64_t>(L, item.n_queries - t * L)),
+                 reinterpret_cast<uint16_t*>(tables + t * sizes.table_floats()),
+                 counts + t * sizes.counts()};
+  };
+  for (int t = 0; t < queries.strips; ++t) strip(t).prepare();
   const RowRange keys{s.keys, s.rows, 0, s.count};
   for (int64_t b = 0; b < item.blocks; ++b) {
     const int64_t begin = item.bounds[b] > item.begin ? item.bounds[b] : item.begin;
     const int64_t end = smaller(item.bounds[b + 1], item.end);
     if (begin >= end) continue;
-    std::memset(counts, 0, static_cast<size_t>(queries.strips * per_strip) * sizeof(int32_t));
+    std::memset(counts, 0, static_cast<size_t>(queries.strips * sizes.counts()) * sizeof(int32_t));
     for (int64_t first = begin; first < end; first += NB) {
       const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
       pack_rows<A>(keys, first, n, block);
@@ -53,7 +165,9 @@ void beats_with(const BeatsItem& item, Workspace& ws) {
       int32_t ids[NB];
       for (int i = 0; i < n; ++i) ids[i] = id_at(s, first + i);
       for (int t = 0; t < queries.strips; ++t) {
-        for (int from = 0; from < n; from += MR)
+        const Ahead ahead{keys, first + NB, t, queries.strips};
+        for (int from = 0; from < n; from += MR) {
+          ahead.fetch(from / MR);
           with_count<MR>(smaller(n - from, MR), [&](auto rows) {
             constexpr int R = decltype(rows)::value;
             F acc[R][NV];
@@ -62,25 +176,27 @@ void beats_with(const BeatsItem& item, Workspace& ws) {
             for (int r = 0; r < R; ++r)
               for (int v = 0; v < NV; ++v) Simd::store(scores + (from + r) * L + v * W, acc[r][v]);
           });
+        }
         if (item.exclude)
           for (int lane = 0; lane < smaller<int64_t>(L, item.n_queries - t * L); ++lane) {
             const int64_t hole = item.exclude[item.first_query + t * L + lane];
             for (int i = 0; hole >= 0 && i < n; ++i)
-              if (ids[i] == hole) scores[i * L + lane] = -kInf;
+              if (ids[i] == hole) scores[i * L + lane] = kNan;
           }
-        for (int64_t p = 0; p < targets; ++p) {
-          const int64_t at = t * per_strip + p * L;
-          count_block(scores, n, ids, thresholds + at, target_ids + at, counts + at);
-        }
+        strip(t).count(scores, n, ids, places, doubts);
       }
     }
-    for (int64_t q = 0; q < item.n_queries; ++q)
-      for (int64_t p = 0; p < targets; ++p) {
-        const int32_t count = counts[(q / L) * per_strip + p * L + q % L];
-        if (count)
-          __atomic_fetch_add(item.out + ((item.first_query + q) * targets + p) * item.blocks + b, count,
+    for (int64_t q = 0; q < item.n_queries; ++q) {
+      const int32_t* beaten = counts + q / L * sizes.counts() + q % L;  // [intervals][L]
+      int64_t better = 0;
+      for (int64_t r = targets - 1; r >= 0; --r) {
+        better += beaten[(r + 1) * L];
+        const int64_t column = item.columns[(item.first_query + q) * targets + r];
+        if (better)
+          __atomic_fetch_add(item.out + ((item.first_query + q) * targets + column) * item.blocks + b, better,
                              __ATOMIC_RELAXED);
       }
+    }
   }
 }
 
