@@ -1,203 +1,233 @@
+// Beat-counts: every score is counted in its interval between a query's thresholds. Where the instruction set screens,
+// bounds of a score mostly tell its interval; the exact score is found where they do not.
+
 namespace {
 
-// ---- beat-counts ----
-//
-// The thresholds of a query, ascending, cut its scores into intervals; counting how many scores fall into each gives
-// all of its beat-counts. A score's interval is looked up: a rising map takes scores to places in a table, and the map
-// takes thresholds there by the same arithmetic, so a score in a place that holds no threshold is on the side of every
-// threshold that its place is on. The few in a place that does hold one are in doubt: bisection finds their interval.
+// What counting needs for the queries of an item: one block of keys at a time comes in, with scores or bounds.
+struct Beats {
+  const BeatsItem& item;
+  const SearchSegment& s;
+  IntervalSizes sizes;
+  int strips;
+  PlaceMap* maps;
+  float* tables;
+  int32_t* counts;
+  float* scores;  // [NB][L], or products
+  int32_t *low, *high, *doubts;
+  int n;  // keys of the block
+  int32_t ids[NB];
 
-constexpr int kMostBelow = (1 << 15) / L - 1;  // the table tells numbers of thresholds up to this one
-
-// A lane's map from scores to places: (score - low) * factor + origin, kept in first .. last.
-struct PlaceMap {
-  float low[L], factor[L], origin[L], first[L], last[L];
-
-  // Never an infinity times zero: NaN alone gives NaN, which goes to the first place, below all thresholds.
-  I place(F score, int v) const {
-    const auto of = [&](const float* x) { return Simd::load(x + v * W); };
-    const F at = Simd::fma(Simd::sub(score, of(low)), of(factor), of(origin));
-    return Simd::truncate(Simd::min(Simd::max(at, of(first)), of(last)));
-  }
-};
-
-// A score and its id as one number that is larger for the better of two; NaN beats nothing.
-inline int64_t standing(float score, int32_t id) { return score == score ? standing_of(score, id) : INT64_MIN; }
-
-// The sizes that all strips of an item share.
-struct IntervalSizes {
-  static constexpr int places = 256;  // of a lane: more would put fewer scores in doubt, but leave the first cache
-  int64_t targets;
-  int32_t doubt;  // a power of two above every L * number of thresholds that the table tells
-
-  explicit IntervalSizes(int64_t targets) : targets(targets), doubt(L) {
-    while (doubt < (smaller<int64_t>(targets, kMostBelow) + 1) * L) doubt *= 2;
-  }
-  int64_t table_floats() const { return L * places / 2; }
-  int64_t counts() const { return targets * L < doubt ? 2 * doubt : (targets + 1) * L + doubt; }
-};
-
-struct Strip : IntervalSizes {
-  PlaceMap& map;
-  const int64_t* thresholds;  // [lanes][targets], ascending standings; padding last
-  int lanes;
-  uint16_t* table;  // [L][places]: L * how many thresholds are below the place; with `doubt` where it holds some
-  int32_t* counts;  // [intervals][L], and what is in doubt by the number of thresholds surely below, which is not used
-
-  int64_t real(int lane) const {
-    int64_t n = lane < lanes ? targets : 0;
-    while (n && thresholds[lane * targets + n - 1] == INT64_MAX) --n;
-    return n;
-  }
-  float score(int lane, int64_t r) const {
-    return float_of(static_cast<int32_t>(thresholds[lane * targets + r] >> 32));
+  Beats(const BeatsItem& item, Workspace& ws)
+      : item(item),
+        s(*item.segment),
+        sizes(item.targets),
+        strips(static_cast<int>((item.n_queries + L - 1) / L)),
+        maps(reinterpret_cast<PlaceMap*>(ws.floats(kOut, strips * int64_t{sizeof(PlaceMap) / sizeof(float)}))),
+        tables(ws.floats(kRowPairs, strips * sizes.table_floats())),
+        counts(reinterpret_cast<int32_t*>(ws.floats(kMisc, strips * sizes.counts()))),
+        scores(ws.floats(kScores, 4 * NB * L + 1)),
+        low(reinterpret_cast<int32_t*>(scores + NB * L)),
+        high(low + NB * L),
+        doubts(high + NB * L) {
+    for (int t = 0; t < strips; ++t) strip(t).prepare();
   }
 
-  void prepare() {
-    int64_t count[L], most = 0;
-    int next[L] = {};
-    for (int lane = 0; lane < L; ++lane) {
-      count[lane] = real(lane);
-      most = most < count[lane] ? count[lane] : most;
-      int64_t low = 0, high = count[lane] - 1;
-      while (low < high && score(lane, low) == -kInf) ++low;
-      while (low < high && score(lane, high) == kInf) --high;
-      const double from = low <= high ? score(lane, low) : 0, to = low <= high ? score(lane, high) : 0;
-      const double factor = (places - 4) / (to - from);
-      const bool finite = from - from == 0 && to - to == 0;
-      map.low[lane] = finite ? static_cast<float>(from) : 0;
-      map.factor[lane] = finite && factor < 1e30 ? static_cast<float>(factor) : 1e30f;
-      map.first[lane] = static_cast<float>(lane * places);
-      map.last[lane] = static_cast<float>(lane * places + places - 2);  // the next one says where its thresholds end
-      map.origin[lane] = static_cast<float>(lane * places + 1);
+  Strip strip(int t) const {
+    return {sizes,
+            maps[t],
+            item.thresholds + (item.first_query + t * L) * item.targets,
+            static_cast<int>(smaller<int64_t>(L, item.n_queries - t * L)),
+            reinterpret_cast<uint16_t*>(tables + t * sizes.table_floats()),
+            counts + t * sizes.counts()};
+  }
+
+  bool excluded(int t, int lane, int32_t id) const {
+    return item.exclude && t * L + lane < item.n_queries && item.exclude[item.first_query + t * L + lane] == id;
+  }
+
+  // Calls scorer.block(first) for blocks from position `begin` on, until it returns false; returns where to go on.
+  template <class Scorer>
+  int64_t walk(Scorer& scorer, int64_t begin) {
+    for (int64_t b = 0; b < item.blocks; ++b) {
+      int64_t first = item.bounds[b] > begin ? item.bounds[b] : begin;
+      const int64_t end = smaller(item.bounds[b + 1], item.end);
+      if (first >= end) continue;
+      std::memset(counts, 0, static_cast<size_t>(strips * sizes.counts()) * sizeof(int32_t));
+      bool more = true;
+      for (; more && first < end; first += n) {
+        n = static_cast<int>(smaller<int64_t>(end - first, NB));
+        for (int i = 0; i < n; ++i) ids[i] = id_at(s, first + i);
+        more = scorer.block(first);
+      }
+      add(b);
+      if (!more) return first;
     }
-    const auto fill = [&](int lane, int to, int64_t below) {
-      const int64_t code = below > kMostBelow ? kMostBelow * L + doubt : below * L;
-      while (next[lane] < to) table[lane * places + next[lane]++] = static_cast<uint16_t>(code);
-    };
-    for (int64_t r = 0; r < most; ++r) {
-      float limits[L];
-      int32_t at[L];
-      for (int lane = 0; lane < L; ++lane) limits[lane] = r < count[lane] ? score(lane, r) : 0;
-      for (int v = 0; v < NV; ++v) Simd::store(at + v * W, map.place(Simd::load(limits + v * W), v));
-      for (int lane = 0; lane < L; ++lane) {
-        if (r >= count[lane]) continue;
-        fill(lane, at[lane] - lane * places + 1, r);
-        table[at[lane]] |= static_cast<uint16_t>(doubt);
+    return item.end;
+  }
+
+  void add(int64_t b) const {
+    const int64_t targets = item.targets;
+    for (int64_t q = 0; q < item.n_queries; ++q) {
+      const int32_t* in = counts + q / L * sizes.counts() + q % L;  // [intervals][L]
+      int64_t better = 0;
+      for (int64_t r = targets - 1; r >= 0; --r) {
+        better += in[(r + 1) * L];
+        const int64_t at = (item.first_query + q) * targets;
+        if (better)
+          __atomic_fetch_add(item.out + (at + item.columns[at + r]) * item.blocks + b, better, __ATOMIC_RELAXED);
       }
     }
-    for (int lane = 0; lane < L; ++lane) fill(lane, places, count[lane]);
-  }
-
-  // How many thresholds are below this standing, which falls to this place.
-  int64_t below(int lane, int32_t place, int64_t standing) const {
-    const int64_t least = (table[place] & (doubt - 1)) / L, most = (table[place + 1] & (doubt - 1)) / L;
-    const int64_t* from = thresholds + lane * targets + least;
-    for (int64_t n = (most < kMostBelow ? most : targets) - least; n > 0;) {
-      const int64_t half = (n + 1) / 2;
-      from += half & -static_cast<int64_t>(from[half - 1] < standing);
-      n -= half;
-    }
-    return from - (thresholds + lane * targets);
-  }
-
-  // Counts a block's scores [n][L]; `at` and `doubts` have room for as many numbers, and one more.
-  void count(const float* scores, int n, const int32_t* ids, int32_t* at, int32_t* doubts) const {
-    for (int i = 0; i < n; ++i)
-      for (int v = 0; v < NV; ++v) Simd::store(at + i * L + v * W, map.place(Simd::load(scores + i * L + v * W), v));
-    int doubtful = 0;
-    for (int i = 0; i < n; ++i) {
-      const int32_t* place = at + i * L;
-      int32_t any = 0;
-#pragma GCC unroll 32
-      for (int lane = 0; lane < L; ++lane) {
-        const int32_t code = table[place[lane]];
-        ++counts[code + lane];
-        any |= code;
-      }
-      if (any & doubt)
-        for (int lane = 0; lane < L; ++lane) {
-          doubts[doubtful] = i * L + lane;
-          doubtful += (table[place[lane]] & doubt) != 0;
-        }
-    }
-    for (int d = 0; d < doubtful; ++d) {
-      const int k = doubts[d];
-      ++counts[below(k % L, at[k], standing(scores[k], ids[k / L])) * L + k % L];
-    }
   }
 };
+
+// By exact scores of all pairs.
+template <class A>
+struct Scored {
+  Beats& beats;
+  Workspace& ws;
+  PackedQueries<A> queries;
+  SegmentTerms segment;
+  RowRange keys;
+  float* rows;
+
+  Scored(Beats& beats, Workspace& ws)
+      : beats(beats),
+        ws(ws),
+        queries(beats.s, beats.item.metric, beats.item.first_query, beats.item.n_queries, ws),
+        segment(beats.s, beats.item.metric),
+        keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
+        rows(ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK)) {}
+
+  bool block(int64_t first) {
+    const int n = beats.n;
+    float* scores = beats.scores;
+    pack_rows<A>(keys, first, n, rows);
+    const BlockTerms terms(A{}, keys, beats.item.metric, first, n, beats.item.bad, ws);
+    for (int t = 0; t < queries.strips; ++t) {
+      const Ahead ahead{keys, first + n, t, queries.strips};
+      for (int from = 0; from < n; from += MR) {
+        ahead.fetch(from / MR);
+        with_count<MR>(smaller(n - from, MR), [&](auto height) {
+          constexpr int R = decltype(height)::value;
+          F acc[R][NV];
+          finished_tile<A, R>(segment, rows, from, queries, t, terms, acc);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) Simd::store(scores + (from + r) * L + v * W, acc[r][v]);
+        });
+      }
+      const Strip strip = beats.strip(t);
+      if (beats.item.exclude)
+        for (int lane = 0; lane < strip.lanes; ++lane)
+          for (int i = 0; i < n; ++i)
+            if (beats.excluded(t, lane, beats.ids[i])) scores[i * L + lane] = kNan;
+      for (int i = 0; i < n; ++i)
+        for (int v = 0; v < NV; ++v)
+          Simd::store(beats.low + i * L + v * W, strip.map.place(Simd::load(scores + i * L + v * W), v));
+      const int doubtful = strip.count<false>(n, beats.low, beats.low, beats.doubts);
+      for (int d = 0; d < doubtful; ++d) {
+        const int k = beats.doubts[d];
+        strip.settle(k % L, beats.low[k], beats.low[k], standing(scores[k], beats.ids[k / L]));
+      }
+    }
+    return true;
+  }
+};
+
+#ifdef FASTCOMPAT_SCREEN
+
+// By bounds of the scores, as long as few pairs are in doubt.
+struct Bracketed {
+  Beats& beats;
+  Workspace& ws;
+  RoundedQueries queries;
+  SegmentTerms segment;
+  RowRange keys;
+  RoundedBlock rounded;
+
+  Bracketed(Beats& beats, Workspace& ws)
+      : beats(beats),
+        ws(ws),
+        queries(beats.s, beats.item.metric, beats.item.first_query, beats.item.n_queries, ws),
+        segment(beats.s, beats.item.metric),
+        keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
+        rounded(ws.floats(kRows, RoundedBlock::floats(queries.words)), queries.words) {}
+
+  bool block(int64_t first) {
+    const int n = beats.n;
+    int64_t doubtful = 0;
+    rounded.fill(keys, beats.item.metric, first, n, beats.item.bad, ws);
+    for (int t = 0; t < queries.strips; ++t) {
+      score_block<Screen>(rounded.rows, n, queries.panel(t), queries.words, beats.scores,
+                          {keys, first + n, t, queries.strips});
+      const Strip strip = beats.strip(t);
+      bracket(queries.bounds[t], strip.map);
+      if (beats.item.exclude)
+        for (int lane = 0; lane < strip.lanes; ++lane)
+          for (int i = 0; i < n; ++i)
+            if (beats.excluded(t, lane, beats.ids[i]))
+              beats.low[i * L + lane] = beats.high[i * L + lane] = lane * strip.places;
+      const int listed = strip.count<true>(n, beats.low, beats.high, beats.doubts);
+      for (int d = 0; d < listed; ++d) settle(strip, t, beats.doubts[d]);
+      doubtful += listed;
+    }
+    return doubtful * kScoresPerDoubt < int64_t{n} * L * queries.strips;
+  }
+
+  static constexpr int kScoresPerDoubt = 64;  // exact scores in tiles that cost what one pair in doubt costs
+
+  // The places of the lowest and the highest that each score can be; NaN: any.
+  void bracket(const QueryBounds& q, const PlaceMap& map) {
+    for (int v = 0; v < NV; ++v) {
+      const auto of = [&](const float* x) { return Simd::load(x + v * W); };
+      const F norm = of(q.norm), slack = of(q.slack), unit = of(q.unit);
+      const F multiply = of(q.terms.multiply), add = of(q.terms.add);
+      const KeyBounds& keys = rounded.bounds;
+      for (int i = 0; i < beats.n; ++i) {
+        const F product = of(beats.scores + i * L), dot = Rounding::kUnits ? Simd::mul(product, unit) : product;
+        const F a = Simd::set1(keys.multiply[i]);
+        const F blur = Simd::fma(slack, Simd::set1(keys.norm[i]), Simd::mul(norm, Simd::set1(keys.slack[i])));
+        const F most = Simd::fma(dot, a, Simd::add(blur, Simd::set1(keys.high[i])));
+        const F least = Simd::fma(dot, a, Simd::sub(Simd::set1(keys.low[i]), blur));
+        const F low = Simd::max(last_steps(least, multiply, add, segment), Simd::set1(-kInf));
+        const F high = Simd::min(last_steps(most, multiply, add, segment), Simd::set1(kInf));
+        Simd::store(beats.low + i * L + v * W, map.place(low, v));
+        Simd::store(beats.high + i * L + v * W, map.place(high, v));
+      }
+    }
+  }
+
+  void settle(const Strip& strip, int t, int k) {
+    const int lane = k % L;
+    const int32_t id = beats.ids[k / L];
+    const int64_t query = beats.item.first_query + t * L + lane;
+    float score[W] = {kNan};
+    if (!beats.excluded(t, lane, id)) {
+      const Metric metric = beats.item.metric;
+      const float* x = floats_of(beats.s.query, query, ws.floats(kLine, beats.s.query.dim));
+      exact_scores(beats.s, metric, x, query_terms(metric, beats.s.query_factor[query]), &id, 1, score, ws);
+    }
+    strip.settle(lane, beats.low[k], beats.high[k], standing(score[0], id));
+  }
+};
+
+#endif
 
 template <class A>
 void beats_with(const BeatsItem& item, Workspace& ws) {
-  const SearchSegment& s = *item.segment;
-  const PackedQueries<A> queries(s, item.metric, item.first_query, item.n_queries, ws);
-  const SegmentTerms constant(s, item.metric);
-  const int64_t targets = item.targets;
-  const IntervalSizes sizes(targets);
-  float* block = ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK);
-  float* scores = ws.floats(kScores, 3 * NB * L + L);
-  int32_t* places = reinterpret_cast<int32_t*>(scores + NB * L);
-  int32_t* doubts = places + NB * L;
-  PlaceMap* maps =
-      reinterpret_cast<PlaceMap*>(ws.floats(kOut, queries.strips * int64_t{sizeof(PlaceMap) / sizeof(float)}));
-  float* tables = ws.floats(kRowPairs, queries.strips * sizes.table_floats());
-  int32_t* counts = reinterpret_cast<int32_t*>(ws.floats(kMisc, queries.strips * sizes.counts()));
-  const auto strip = [&](int t) {
-    return Strip{sizes,
-                 maps[t],
-                 item.thresholds + (item.first_query + t * L) * targets,
-                 static_cast<int>(smaller<int64_t>(L, item.n_queries - t * L)),
-                 reinterpret_cast<uint16_t*>(tables + t * sizes.table_floats()),
-                 counts + t * sizes.counts()};
-  };
-  for (int t = 0; t < queries.strips; ++t) strip(t).prepare();
-  const RowRange keys{s.keys, s.rows, 0, s.count};
-  for (int64_t b = 0; b < item.blocks; ++b) {
-    const int64_t begin = item.bounds[b] > item.begin ? item.bounds[b] : item.begin;
-    const int64_t end = smaller(item.bounds[b + 1], item.end);
-    if (begin >= end) continue;
-    std::memset(counts, 0, static_cast<size_t>(queries.strips * sizes.counts()) * sizeof(int32_t));
-    for (int64_t first = begin; first < end; first += NB) {
-      const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
-      pack_rows<A>(keys, first, n, block);
-      const BlockTerms terms(A{}, keys, item.metric, first, n, item.bad, ws);
-      int32_t ids[NB];
-      for (int i = 0; i < n; ++i) ids[i] = id_at(s, first + i);
-      for (int t = 0; t < queries.strips; ++t) {
-        const Ahead ahead{keys, first + NB, t, queries.strips};
-        for (int from = 0; from < n; from += MR) {
-          ahead.fetch(from / MR);
-          with_count<MR>(smaller(n - from, MR), [&](auto rows) {
-            constexpr int R = decltype(rows)::value;
-            F acc[R][NV];
-            finished_tile<A, R>(constant, block, from, queries, t, terms, acc);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r)
-              for (int v = 0; v < NV; ++v) Simd::store(scores + (from + r) * L + v * W, acc[r][v]);
-          });
-        }
-        if (item.exclude)
-          for (int lane = 0; lane < smaller<int64_t>(L, item.n_queries - t * L); ++lane) {
-            const int64_t hole = item.exclude[item.first_query + t * L + lane];
-            for (int i = 0; hole >= 0 && i < n; ++i)
-              if (ids[i] == hole) scores[i * L + lane] = kNan;
-          }
-        strip(t).count(scores, n, ids, places, doubts);
-      }
-    }
-    for (int64_t q = 0; q < item.n_queries; ++q) {
-      const int32_t* beaten = counts + q / L * sizes.counts() + q % L;  // [intervals][L]
-      int64_t better = 0;
-      for (int64_t r = targets - 1; r >= 0; --r) {
-        better += beaten[(r + 1) * L];
-        const int64_t column = item.columns[(item.first_query + q) * targets + r];
-        if (better)
-          __atomic_fetch_add(item.out + ((item.first_query + q) * targets + column) * item.blocks + b, better,
-                             __ATOMIC_RELAXED);
-      }
-    }
+  Beats beats(item, ws);
+  int64_t begin = item.begin;
+#ifdef FASTCOMPAT_SCREEN
+  if (A::PACK == 1 && item.n_queries > 2 * L && item.segment->scale > 0) {
+    [[maybe_unused]] const Screen::Scope scope;
+    Bracketed scorer(beats, ws);
+    begin = beats.walk(scorer, begin);
   }
+#endif
+  if (begin >= item.end) return;
+  Scored<A> scorer(beats, ws);
+  beats.walk(scorer, begin);
 }
 
 // ---- scores of chosen pairs ----
