@@ -2,6 +2,7 @@
 // all of its beat-counts. A score's interval is looked up: a rising map takes scores to places in a table, and the map
 // takes thresholds there by the same arithmetic, so a score in a place that holds no threshold is on the side of every
 // threshold that its place is on. The few in a place that does hold one are in doubt: bisection finds their interval.
+// Most scores of a query tend to fall into one interval, its main one: two comparisons tell.
 
 namespace {
 
@@ -10,6 +11,8 @@ constexpr int kMostBelow = (1 << 15) / L - 1;  // the table tells numbers of thr
 // A lane's map from scores to places: (score - low) * factor + origin, kept in first .. last.
 struct PlaceMap {
   float low[L], factor[L], origin[L], first[L], last[L];
+  float main_low[L], main_high[L];  // scores between them are in the main interval
+  int32_t main[L];                  // thresholds below it
 
   // Never an infinity times zero: NaN alone gives NaN, which goes to the first place, below all thresholds.
   I place(F score, int v) const {
@@ -68,6 +71,9 @@ struct Strip : IntervalSizes {
       map.first[lane] = static_cast<float>(lane * places);
       map.last[lane] = static_cast<float>(lane * places + places - 2);  // the next one says where its thresholds end
       map.origin[lane] = static_cast<float>(lane * places + 1);
+      map.main[lane] = 0;
+      map.main_low[lane] = kInf;  // none yet
+      map.main_high[lane] = -kInf;
     }
     const auto fill = [&](int lane, int to, int64_t below) {
       const int64_t code = below > kMostBelow ? kMostBelow * L + doubt : below * L;
@@ -85,6 +91,33 @@ struct Strip : IntervalSizes {
       }
     }
     for (int lane = 0; lane < L; ++lane) fill(lane, places, count[lane]);
+  }
+
+  // Makes the interval with most scores so far the main one.
+  void choose_main() const {
+    for (int lane = 0; lane < L; ++lane) {
+      const int64_t count = real(lane);
+      int64_t most = 0;
+      for (int64_t r = 1; r <= count; ++r)
+        if (counts[r * L + lane] > counts[most * L + lane]) most = r;
+      map.main[lane] = static_cast<int32_t>(most);
+      map.main_low[lane] = most > 0 ? score(lane, most - 1) : -kInf;
+      map.main_high[lane] = most < count ? score(lane, most) : kInf;
+    }
+  }
+
+  // Whether the scores of a row, known by bounds, are all in their main intervals.
+  bool all_main(const F (&low)[NV], const F (&high)[NV]) const {
+    uint32_t all = (1u << W) - 1;
+    for (int v = 0; v < NV; ++v)
+      all &= Simd::bits(Simd::gt(low[v], Simd::load(map.main_low + v * W))) &
+             Simd::bits(Simd::gt(Simd::load(map.main_high + v * W), high[v]));
+    return all == (1u << W) - 1;
+  }
+
+  // Counts that many rows of which all scores are in their main intervals.
+  void count_main(int rows) const {
+    for (int lane = 0; lane < L; ++lane) counts[map.main[lane] * L + lane] += rows;
   }
 
   // How many thresholds are below this standing, which falls to a place from `low` to `high`.

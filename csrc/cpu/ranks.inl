@@ -14,8 +14,9 @@ struct Beats {
   int32_t* counts;
   float* scores;  // [NB][L], or products
   int32_t *low, *high, *doubts;
-  int n;  // keys of the block
-  int32_t ids[NB];
+  int n;     // keys of the block
+  int rest;  // of them with a score that is not in its main interval: the rows of low and high
+  int32_t ids[NB], row[NB];
 
   Beats(const BeatsItem& item, Workspace& ws)
       : item(item),
@@ -28,7 +29,9 @@ struct Beats {
         scores(ws.floats(kScores, 4 * NB * L + 1)),
         low(reinterpret_cast<int32_t*>(scores + NB * L)),
         high(low + NB * L),
-        doubts(high + NB * L) {
+        doubts(high + NB * L),
+        n(0),
+        rest(0) {
     for (int t = 0; t < strips; ++t) strip(t).prepare();
   }
 
@@ -45,6 +48,37 @@ struct Beats {
     return item.exclude && t * L + lane < item.n_queries && item.exclude[item.first_query + t * L + lane] == id;
   }
 
+  // A row's scores, known by bounds.
+  void offer(const Strip& strip, int i, const F (&least)[NV], const F (&most)[NV]) {
+    if (strip.all_main(least, most)) return;
+    for (int v = 0; v < NV; ++v) {
+      Simd::store(low + rest * L + v * W, strip.map.place(least[v], v));
+      Simd::store(high + rest * L + v * W, strip.map.place(most[v], v));
+    }
+    row[rest++] = i;
+  }
+
+  // NaN for pairs that do not count.
+  void leave_out(const Strip& strip, int t) {
+    for (int lane = 0; item.exclude && lane < strip.lanes; ++lane)
+      for (int i = 0; i < n; ++i)
+        if (excluded(t, lane, ids[i])) scores[i * L + lane] = kNan;
+  }
+
+  // Counts what was offered of a strip; settle(place in low and high, row) for each pair in doubt. Returns how many.
+  template <bool TWO, class Settle>
+  int count(const Strip& strip, Settle&& settle) {
+    strip.count_main(n - rest);
+    const int doubtful = strip.count<TWO>(rest, low, high, doubts);
+    for (int d = 0; d < doubtful; ++d) settle(doubts[d], row[doubts[d] / L]);
+    rest = 0;
+    return doubtful;
+  }
+
+  void choose_main() {
+    for (int t = 0; t < strips; ++t) strip(t).choose_main();
+  }
+
   // Calls scorer.block(first) for blocks from position `begin` on, until it returns false; returns where to go on.
   template <class Scorer>
   int64_t walk(Scorer& scorer, int64_t begin) {
@@ -58,8 +92,10 @@ struct Beats {
         n = static_cast<int>(smaller<int64_t>(end - first, NB));
         for (int i = 0; i < n; ++i) ids[i] = id_at(s, first + i);
         more = scorer.block(first);
+        if (first == begin) choose_main();
       }
       add(b);
+      choose_main();
       if (!more) return first;
     }
     return item.end;
@@ -118,18 +154,16 @@ struct Scored {
         });
       }
       const Strip strip = beats.strip(t);
-      if (beats.item.exclude)
-        for (int lane = 0; lane < strip.lanes; ++lane)
-          for (int i = 0; i < n; ++i)
-            if (beats.excluded(t, lane, beats.ids[i])) scores[i * L + lane] = kNan;
-      for (int i = 0; i < n; ++i)
-        for (int v = 0; v < NV; ++v)
-          Simd::store(beats.low + i * L + v * W, strip.map.place(Simd::load(scores + i * L + v * W), v));
-      const int doubtful = strip.count<false>(n, beats.low, beats.low, beats.doubts);
-      for (int d = 0; d < doubtful; ++d) {
-        const int k = beats.doubts[d];
-        strip.settle(k % L, beats.low[k], beats.low[k], standing(scores[k], beats.ids[k / L]));
+      beats.leave_out(strip, t);
+      for (int i = 0; i < n; ++i) {
+        F row[NV];
+        for (int v = 0; v < NV; ++v) row[v] = Simd::load(scores + i * L + v * W);
+        beats.offer(strip, i, row, row);
       }
+      beats.count<false>(strip, [&](int k, int i) {
+        const int64_t at = standing(scores[i * L + k % L], beats.ids[i]);
+        strip.settle(k % L, beats.low[k], beats.high[k], at);
+      });
     }
     return true;
   }
@@ -162,45 +196,38 @@ struct Bracketed {
       score_block<Screen>(rounded.rows, n, queries.panel(t), queries.words, beats.scores,
                           {keys, first + n, t, queries.strips});
       const Strip strip = beats.strip(t);
-      bracket(queries.bounds[t], strip.map);
-      if (beats.item.exclude)
-        for (int lane = 0; lane < strip.lanes; ++lane)
-          for (int i = 0; i < n; ++i)
-            if (beats.excluded(t, lane, beats.ids[i]))
-              beats.low[i * L + lane] = beats.high[i * L + lane] = lane * strip.places;
-      const int listed = strip.count<true>(n, beats.low, beats.high, beats.doubts);
-      for (int d = 0; d < listed; ++d) settle(strip, t, beats.doubts[d]);
-      doubtful += listed;
+      beats.leave_out(strip, t);
+      bracket(queries.bounds[t], strip);
+      doubtful += beats.count<true>(strip, [&](int k, int i) { settle(strip, t, k, i); });
     }
     return doubtful * kScoresPerDoubt < int64_t{n} * L * queries.strips;
   }
 
   static constexpr int kScoresPerDoubt = 64;  // exact scores in tiles that cost what one pair in doubt costs
 
-  // The places of the lowest and the highest that each score can be; NaN: any.
-  void bracket(const QueryBounds& q, const PlaceMap& map) {
-    for (int v = 0; v < NV; ++v) {
-      const auto of = [&](const float* x) { return Simd::load(x + v * W); };
-      const F norm = of(q.norm), slack = of(q.slack), unit = of(q.unit);
-      const F multiply = of(q.terms.multiply), add = of(q.terms.add);
-      const KeyBounds& keys = rounded.bounds;
-      for (int i = 0; i < beats.n; ++i) {
-        const F product = of(beats.scores + i * L), dot = Rounding::kUnits ? Simd::mul(product, unit) : product;
-        const F a = Simd::set1(keys.multiply[i]);
-        const F blur = Simd::fma(slack, Simd::set1(keys.norm[i]), Simd::mul(norm, Simd::set1(keys.slack[i])));
-        const F most = Simd::fma(dot, a, Simd::add(blur, Simd::set1(keys.high[i])));
-        const F least = Simd::fma(dot, a, Simd::sub(Simd::set1(keys.low[i]), blur));
-        const F low = Simd::max(last_steps(least, multiply, add, segment), Simd::set1(-kInf));
-        const F high = Simd::min(last_steps(most, multiply, add, segment), Simd::set1(kInf));
-        Simd::store(beats.low + i * L + v * W, map.place(low, v));
-        Simd::store(beats.high + i * L + v * W, map.place(high, v));
+  // The lowest and the highest that each score can be; any, where a bound is NaN.
+  void bracket(const QueryBounds& q, const Strip& strip) {
+    const KeyBounds& keys = rounded.bounds;
+    for (int i = 0; i < beats.n; ++i) {
+      const F a = Simd::set1(keys.multiply[i]), b = Simd::set1(keys.norm[i]), c = Simd::set1(keys.slack[i]);
+      const F above = Simd::set1(keys.high[i]), below = Simd::set1(keys.low[i]);
+      F least[NV], most[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const auto of = [&](const float* x) { return Simd::load(x + v * W); };
+        const F product = of(beats.scores + i * L), dot = Rounding::kUnits ? Simd::mul(product, of(q.unit)) : product;
+        const F blur = Simd::fma(of(q.slack), b, Simd::mul(of(q.norm), c));
+        const auto finish = [&](F inner) { return last_steps(inner, of(q.terms.multiply), of(q.terms.add), segment); };
+        least[v] = Simd::max(finish(Simd::fma(dot, a, Simd::sub(below, blur))), Simd::set1(-kInf));
+        most[v] = Simd::min(finish(Simd::fma(dot, a, Simd::add(above, blur))), Simd::set1(kInf));
       }
+      beats.offer(strip, i, least, most);
     }
   }
 
-  void settle(const Strip& strip, int t, int k) {
+  void settle(const Strip& strip, int t, int k, int i) {
     const int lane = k % L;
-    const int32_t id = beats.ids[k / L];
+    const int32_t id = beats.ids[i];
     const int64_t query = beats.item.first_query + t * L + lane;
     float score[W] = {kNan};
     if (!beats.excluded(t, lane, id)) {
