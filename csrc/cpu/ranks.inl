@@ -140,19 +140,7 @@ struct Scored {
     pack_rows<A>(keys, first, n, rows);
     const BlockTerms terms(A{}, keys, beats.item.metric, first, n, beats.item.bad, ws);
     for (int t = 0; t < queries.strips; ++t) {
-      const Ahead ahead{keys, first + n, t, queries.strips};
-      for (int from = 0; from < n; from += MR) {
-        ahead.fetch(from / MR);
-        with_count<MR>(smaller(n - from, MR), [&](auto height) {
-          constexpr int R = decltype(height)::value;
-          F acc[R][NV];
-          finished_tile<A, R>(segment, rows, from, queries, t, terms, acc);
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) Simd::store(scores + (from + r) * L + v * W, acc[r][v]);
-        });
-      }
+      score(terms, t, {keys, first + n, t, queries.strips});
       const Strip strip = beats.strip(t);
       beats.leave_out(strip, t);
       for (int i = 0; i < n; ++i) {
@@ -166,6 +154,22 @@ struct Scored {
       });
     }
     return true;
+  }
+
+  // A function of its own: gcc runs out of registers for the sums where it is inlined.
+  __attribute__((noinline)) void score(const BlockTerms& terms, int t, const Ahead& ahead) {
+    for (int from = 0; from < beats.n; from += MR) {
+      ahead.fetch(from / MR);
+      with_count<MR>(smaller(beats.n - from, MR), [&](auto height) {
+        constexpr int R = decltype(height)::value;
+        F acc[R][NV];
+        finished_tile<A, R>(segment, rows, from, queries, t, terms, acc);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) Simd::store(beats.scores + (from + r) * L + v * W, acc[r][v]);
+      });
+    }
   }
 };
 

@@ -226,7 +226,8 @@ void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
   const Prepared prepared(s, metric, 0, threads);
   const SortedThresholds sorted(thresholds, threshold_ids, B, targets, threads);
   // Sums of whole numbers are the same however the keys are cut, so here the threads may decide.
-  const Plan plan(B, s.count, block_of(B, 4 * s.query.dim), 1, 4096, threads == 1 ? 1 : 4 * threads);
+  const int64_t lane_bytes = 4 * s.query.dim + 16 * targets;  // vectors, thresholds and counts
+  const Plan plan(B, s.count, block_of(B, lane_bytes), 1, 4096, threads == 1 ? 1 : 4 * threads);
   std::vector<int64_t> bad(1, kNone);
   parallel_for(plan.items(), threads_for(threads, B, s.count, s.query.dim), [&](int64_t n, Workspace& ws) {
     const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;

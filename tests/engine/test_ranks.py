@@ -85,7 +85,7 @@ def test_beats_are_those_of_their_definition(metric, vectors, count):
         targets = torch.cat([order[:, :50], order[:, -50:]], 1)
         thresholds = scores.gather(1, targets)
     ours = _ops.count_beats(query, keys, walk, bounds, thresholds, targets, metric, exclude)
-    for i in range(rows):
+    for i in range(0, rows, 1 + count // 500):
         score, bar = scores[i, walk][:, None], thresholds[i]
         better = (score > bar) | ((score == bar) & (walk[:, None] < targets[i]))  # [N, P]
         better &= (targets[i] >= 0) & (walk[:, None] != exclude[i])
