@@ -29,6 +29,8 @@
 // order matters
 #include "topk.inl"
 // order matters
+#include "intervals.inl"
+// order matters
 #include "ranks.inl"
 
 namespace {

@@ -1,4 +1,4 @@
-// 16-bit floats, one at a time, rounding to nearest even.
+// Bits of floats: their order, and 16-bit floats, one at a time, rounding to nearest even.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -15,6 +15,17 @@ inline uint32_t bits_of_float(float f) {
   uint32_t u;
   std::memcpy(&u, &f, sizeof u);
   return u;
+}
+
+// Floats in their order as integers; both zeros are one.
+inline int32_t order_of(float x) {
+  const int32_t u = static_cast<int32_t>(bits_of_float(x));
+  return u < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(u)) : u;
+}
+
+// A score (no NaN) and its id as one number that is larger for the better of two: ties fall to the smaller id.
+inline int64_t standing_of(float score, int32_t id) {
+  return static_cast<int64_t>(order_of(score)) * (int64_t{1} << 32) + (0x7fffffff - id);
 }
 
 inline float bf16_to_float(uint16_t h) { return float_from_bits(static_cast<uint32_t>(h) << 16); }

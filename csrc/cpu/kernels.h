@@ -96,8 +96,8 @@ struct BeatsItem {
   int64_t begin, end;  // positions
   const int64_t* bounds;
   int64_t blocks;
-  const float* thresholds;  // [B, P]
-  const int64_t* threshold_ids;
+  const int64_t* thresholds;  // [B, P] ascending: standing_of(score, id), and INT64_MAX for what nothing beats
+  const int32_t* columns;     // [B, P] where each threshold stood
   int64_t targets;
   const int64_t* exclude;
   int64_t* bad;  // the smallest row that is not finite

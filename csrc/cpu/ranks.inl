@@ -1,87 +1,264 @@
+// Beat-counts: every score is counted in its interval between a query's thresholds. Where the instruction set screens,
+// bounds of a score mostly tell its interval; the exact score is found where they do not.
+
 namespace {
 
-// ---- beat-counts ----
+// What counting needs for the queries of an item: one block of keys at a time comes in, with scores or bounds.
+struct Beats {
+  const BeatsItem& item;
+  const SearchSegment& s;
+  IntervalSizes sizes;
+  int strips;
+  PlaceMap* maps;
+  float* tables;
+  int32_t* counts;
+  float* scores;  // [NB][L], or products
+  int32_t *low, *high, *doubts;
+  int n;     // keys of the block
+  int rest;  // of them with a score that is not in its main interval: the rows of low and high
+  int32_t ids[NB], row[NB];
 
-// How many of a block's scores [n][L] beat each lane's threshold; equal scores fall to the smaller id.
-inline void count_block(const float* scores, int n, const int32_t* ids, const float* thresholds, const int32_t* target,
-                        int32_t* counts) {
-  for (int v = 0; v < NV; ++v) {
-    const F limit = Simd::load(thresholds + v * W);
-    I count = Simd::set1(int32_t{0});
-    for (int i = 0; i < n; ++i) {
-      const F score = Simd::load(scores + i * L + v * W);
-      count = Simd::count(count, Simd::gt(score, limit));
-      for (uint32_t ties = Simd::bits(Simd::eq(score, limit)); ties; ties &= ties - 1) {
-        const int lane = v * W + __builtin_ctz(ties);
-        counts[lane] += ids[i] < target[lane];
+  Beats(const BeatsItem& item, Workspace& ws)
+      : item(item),
+        s(*item.segment),
+        sizes(item.targets),
+        strips(static_cast<int>((item.n_queries + L - 1) / L)),
+        maps(reinterpret_cast<PlaceMap*>(ws.floats(kOut, strips * int64_t{sizeof(PlaceMap) / sizeof(float)}))),
+        tables(ws.floats(kRowPairs, strips * sizes.table_floats())),
+        counts(reinterpret_cast<int32_t*>(ws.floats(kMisc, strips * sizes.counts()))),
+        scores(ws.floats(kScores, 4 * NB * L + 1)),
+        low(reinterpret_cast<int32_t*>(scores + NB * L)),
+        high(low + NB * L),
+        doubts(high + NB * L),
+        n(0),
+        rest(0) {
+    for (int t = 0; t < strips; ++t) strip(t).prepare();
+  }
+
+  Strip strip(int t) const {
+    return {sizes,
+            maps[t],
+            item.thresholds + (item.first_query + t * L) * item.targets,
+            static_cast<int>(smaller<int64_t>(L, item.n_queries - t * L)),
+            reinterpret_cast<uint16_t*>(tables + t * sizes.table_floats()),
+            counts + t * sizes.counts()};
+  }
+
+  bool excluded(int t, int lane, int32_t id) const {
+    return item.exclude && t * L + lane < item.n_queries && item.exclude[item.first_query + t * L + lane] == id;
+  }
+
+  // A row's scores, known by bounds.
+  void offer(const Strip& strip, int i, const F (&least)[NV], const F (&most)[NV]) {
+    if (strip.all_main(least, most)) return;
+    for (int v = 0; v < NV; ++v) {
+      Simd::store(low + rest * L + v * W, strip.map.place(least[v], v));
+      Simd::store(high + rest * L + v * W, strip.map.place(most[v], v));
+    }
+    row[rest++] = i;
+  }
+
+  // NaN for pairs that do not count.
+  void leave_out(const Strip& strip, int t) {
+    for (int lane = 0; item.exclude && lane < strip.lanes; ++lane)
+      for (int i = 0; i < n; ++i)
+        if (excluded(t, lane, ids[i])) scores[i * L + lane] = kNan;
+  }
+
+  // Counts what was offered of a strip; settle(place in low and high, row) for each pair in doubt. Returns how many.
+  template <bool TWO, class Settle>
+  int count(const Strip& strip, Settle&& settle) {
+    strip.count_main(n - rest);
+    const int doubtful = strip.count<TWO>(rest, low, high, doubts);
+    for (int d = 0; d < doubtful; ++d) settle(doubts[d], row[doubts[d] / L]);
+    rest = 0;
+    return doubtful;
+  }
+
+  void choose_main() {
+    for (int t = 0; t < strips; ++t) strip(t).choose_main();
+  }
+
+  // Calls scorer.block(first) for blocks from position `begin` on, until it returns false; returns where to go on.
+  template <class Scorer>
+  int64_t walk(Scorer& scorer, int64_t begin) {
+    for (int64_t b = 0; b < item.blocks; ++b) {
+      int64_t first = item.bounds[b] > begin ? item.bounds[b] : begin;
+      const int64_t end = smaller(item.bounds[b + 1], item.end);
+      if (first >= end) continue;
+      std::memset(counts, 0, static_cast<size_t>(strips * sizes.counts()) * sizeof(int32_t));
+      bool more = true;
+      for (; more && first < end; first += n) {
+        n = static_cast<int>(smaller<int64_t>(end - first, NB));
+        for (int i = 0; i < n; ++i) ids[i] = id_at(s, first + i);
+        more = scorer.block(first);
+        if (first == begin) choose_main();
+      }
+      add(b);
+      choose_main();
+      if (!more) return first;
+    }
+    return item.end;
+  }
+
+  void add(int64_t b) const {
+    const int64_t targets = item.targets;
+    for (int64_t q = 0; q < item.n_queries; ++q) {
+      const int32_t* in = counts + q / L * sizes.counts() + q % L;  // [intervals][L]
+      int64_t better = 0;
+      for (int64_t r = targets - 1; r >= 0; --r) {
+        better += in[(r + 1) * L];
+        const int64_t at = (item.first_query + q) * targets;
+        if (better)
+          __atomic_fetch_add(item.out + (at + item.columns[at + r]) * item.blocks + b, better, __ATOMIC_RELAXED);
       }
     }
-    int32_t whole[W];
-    Simd::store(whole, count);
-    for (int lane = 0; lane < W; ++lane) counts[v * W + lane] += whole[lane];
   }
-}
+};
+
+// By exact scores of all pairs.
+template <class A>
+struct Scored {
+  Beats& beats;
+  Workspace& ws;
+  PackedQueries<A> queries;
+  SegmentTerms segment;
+  RowRange keys;
+  float* rows;
+
+  Scored(Beats& beats, Workspace& ws)
+      : beats(beats),
+        ws(ws),
+        queries(beats.s, beats.item.metric, beats.item.first_query, beats.item.n_queries, ws),
+        segment(beats.s, beats.item.metric),
+        keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
+        rows(ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK)) {}
+
+  bool block(int64_t first) {
+    const int n = beats.n;
+    float* scores = beats.scores;
+    pack_rows<A>(keys, first, n, rows);
+    const BlockTerms terms(A{}, keys, beats.item.metric, first, n, beats.item.bad, ws);
+    for (int t = 0; t < queries.strips; ++t) {
+      score(terms, t, {keys, first + n, t, queries.strips});
+      const Strip strip = beats.strip(t);
+      beats.leave_out(strip, t);
+      for (int i = 0; i < n; ++i) {
+        F row[NV];
+        for (int v = 0; v < NV; ++v) row[v] = Simd::load(scores + i * L + v * W);
+        beats.offer(strip, i, row, row);
+      }
+      beats.count<false>(strip, [&](int k, int i) {
+        const int64_t at = standing(scores[i * L + k % L], beats.ids[i]);
+        strip.settle(k % L, beats.low[k], beats.high[k], at);
+      });
+    }
+    return true;
+  }
+
+  // A function of its own: gcc runs out of registers for the sums where it is inlined.
+  __attribute__((noinline)) void score(const BlockTerms& terms, int t, const Ahead& ahead) {
+    for (int from = 0; from < beats.n; from += MR) {
+      ahead.fetch(from / MR);
+      with_count<MR>(smaller(beats.n - from, MR), [&](auto height) {
+        constexpr int R = decltype(height)::value;
+        F acc[R][NV];
+        finished_tile<A, R>(segment, rows, from, queries, t, terms, acc);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) Simd::store(beats.scores + (from + r) * L + v * W, acc[r][v]);
+      });
+    }
+  }
+};
+
+#ifdef FASTCOMPAT_SCREEN
+
+// By bounds of the scores, as long as few pairs are in doubt.
+struct Bracketed {
+  Beats& beats;
+  Workspace& ws;
+  RoundedQueries queries;
+  SegmentTerms segment;
+  RowRange keys;
+  RoundedBlock rounded;
+
+  Bracketed(Beats& beats, Workspace& ws)
+      : beats(beats),
+        ws(ws),
+        queries(beats.s, beats.item.metric, beats.item.first_query, beats.item.n_queries, ws),
+        segment(beats.s, beats.item.metric),
+        keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
+        rounded(ws.floats(kRows, RoundedBlock::floats(queries.words)), queries.words) {}
+
+  bool block(int64_t first) {
+    const int n = beats.n;
+    int64_t doubtful = 0;
+    rounded.fill(keys, beats.item.metric, first, n, beats.item.bad, ws);
+    for (int t = 0; t < queries.strips; ++t) {
+      score_block<Screen>(rounded.rows, n, queries.panel(t), queries.words, beats.scores,
+                          {keys, first + n, t, queries.strips});
+      const Strip strip = beats.strip(t);
+      beats.leave_out(strip, t);
+      bracket(queries.bounds[t], strip);
+      doubtful += beats.count<true>(strip, [&](int k, int i) { settle(strip, t, k, i); });
+    }
+    return doubtful * kScoresPerDoubt < int64_t{n} * L * queries.strips;
+  }
+
+  static constexpr int kScoresPerDoubt = 64;  // exact scores in tiles that cost what one pair in doubt costs
+
+  // The lowest and the highest that each score can be; any, where a bound is NaN.
+  void bracket(const QueryBounds& q, const Strip& strip) {
+    const KeyBounds& keys = rounded.bounds;
+    for (int i = 0; i < beats.n; ++i) {
+      const F a = Simd::set1(keys.multiply[i]), b = Simd::set1(keys.norm[i]), c = Simd::set1(keys.slack[i]);
+      const F above = Simd::set1(keys.high[i]), below = Simd::set1(keys.low[i]);
+      F least[NV], most[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const auto of = [&](const float* x) { return Simd::load(x + v * W); };
+        const F product = of(beats.scores + i * L), dot = Rounding::kUnits ? Simd::mul(product, of(q.unit)) : product;
+        const F blur = Simd::fma(of(q.slack), b, Simd::mul(of(q.norm), c));
+        const auto finish = [&](F inner) { return last_steps(inner, of(q.terms.multiply), of(q.terms.add), segment); };
+        least[v] = Simd::max(finish(Simd::fma(dot, a, Simd::sub(below, blur))), Simd::set1(-kInf));
+        most[v] = Simd::min(finish(Simd::fma(dot, a, Simd::add(above, blur))), Simd::set1(kInf));
+      }
+      beats.offer(strip, i, least, most);
+    }
+  }
+
+  void settle(const Strip& strip, int t, int k, int i) {
+    const int lane = k % L;
+    const int32_t id = beats.ids[i];
+    const int64_t query = beats.item.first_query + t * L + lane;
+    float score[W] = {kNan};
+    if (!beats.excluded(t, lane, id)) {
+      const Metric metric = beats.item.metric;
+      const float* x = floats_of(beats.s.query, query, ws.floats(kLine, beats.s.query.dim));
+      exact_scores(beats.s, metric, x, query_terms(metric, beats.s.query_factor[query]), &id, 1, score, ws);
+    }
+    strip.settle(lane, beats.low[k], beats.high[k], standing(score[0], id));
+  }
+};
+
+#endif
 
 template <class A>
 void beats_with(const BeatsItem& item, Workspace& ws) {
-  const SearchSegment& s = *item.segment;
-  const PackedQueries<A> queries(s, item.metric, item.first_query, item.n_queries, ws);
-  const SegmentTerms constant(s, item.metric);
-  const int64_t targets = item.targets, per_strip = targets * L;
-  float* block = ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK);
-  float* scores = ws.floats(kScores, NB * L);
-  float* thresholds = ws.floats(kOut, queries.strips * per_strip);
-  int32_t* target_ids = reinterpret_cast<int32_t*>(ws.floats(kMisc, queries.strips * per_strip));
-  int32_t* counts = reinterpret_cast<int32_t*>(ws.floats(kRowPairs, queries.strips * per_strip));
-  for (int64_t q = 0; q < queries.strips * L; ++q)
-    for (int64_t p = 0; p < targets; ++p) {
-      const int64_t at = (q / L) * per_strip + p * L + q % L, from = (item.first_query + q) * targets + p;
-      const bool real = q < item.n_queries && item.threshold_ids[from] >= 0;
-      thresholds[at] = real ? item.thresholds[from] : kInf;
-      target_ids[at] = real ? static_cast<int32_t>(item.threshold_ids[from]) : -1;
-    }
-  const RowRange keys{s.keys, s.rows, 0, s.count};
-  for (int64_t b = 0; b < item.blocks; ++b) {
-    const int64_t begin = item.bounds[b] > item.begin ? item.bounds[b] : item.begin;
-    const int64_t end = smaller(item.bounds[b + 1], item.end);
-    if (begin >= end) continue;
-    std::memset(counts, 0, static_cast<size_t>(queries.strips * per_strip) * sizeof(int32_t));
-    for (int64_t first = begin; first < end; first += NB) {
-      const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
-      pack_rows<A>(keys, first, n, block);
-      const BlockTerms terms(A{}, keys, item.metric, first, n, item.bad, ws);
-      int32_t ids[NB];
-      for (int i = 0; i < n; ++i) ids[i] = id_at(s, first + i);
-      for (int t = 0; t < queries.strips; ++t) {
-        for (int from = 0; from < n; from += MR)
-          with_count<MR>(smaller(n - from, MR), [&](auto rows) {
-            constexpr int R = decltype(rows)::value;
-            F acc[R][NV];
-            finished_tile<A, R>(constant, block, from, queries, t, terms, acc);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r)
-              for (int v = 0; v < NV; ++v) Simd::store(scores + (from + r) * L + v * W, acc[r][v]);
-          });
-        if (item.exclude)
-          for (int lane = 0; lane < smaller<int64_t>(L, item.n_queries - t * L); ++lane) {
-            const int64_t hole = item.exclude[item.first_query + t * L + lane];
-            for (int i = 0; hole >= 0 && i < n; ++i)
-              if (ids[i] == hole) scores[i * L + lane] = -kInf;
-          }
-        for (int64_t p = 0; p < targets; ++p) {
-          const int64_t at = t * per_strip + p * L;
-          count_block(scores, n, ids, thresholds + at, target_ids + at, counts + at);
-        }
-      }
-    }
-    for (int64_t q = 0; q < item.n_queries; ++q)
-      for (int64_t p = 0; p < targets; ++p) {
-        const int32_t count = counts[(q / L) * per_strip + p * L + q % L];
-        if (count)
-          __atomic_fetch_add(item.out + ((item.first_query + q) * targets + p) * item.blocks + b, count,
-                             __ATOMIC_RELAXED);
-      }
+  Beats beats(item, ws);
+  int64_t begin = item.begin;
+#ifdef FASTCOMPAT_SCREEN
+  if (A::PACK == 1 && item.n_queries > 2 * L && item.segment->scale > 0) {
+    [[maybe_unused]] const Screen::Scope scope;
+    Bracketed scorer(beats, ws);
+    begin = beats.walk(scorer, begin);
   }
+#endif
+  if (begin >= item.end) return;
+  Scored<A> scorer(beats, ws);
+  beats.walk(scorer, begin);
 }
 
 // ---- scores of chosen pairs ----

@@ -2,7 +2,10 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <tuple>
+#include <utility>
 
+#include "half.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -191,6 +194,27 @@ void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t ta
   });
 }
 
+// The thresholds of every query in ascending order: how good a key must be to beat them.
+struct SortedThresholds {
+  std::vector<int64_t> standings;  // [B, P], INT64_MAX for what nothing beats: padding, and scores that are NaN
+  std::vector<int32_t> columns;    // [B, P] where each stood
+
+  SortedThresholds(const float* scores, const int64_t* ids, int64_t B, int64_t P, int threads)
+      : standings(B * P), columns(B * P) {
+    parallel_for(B, threads_for(threads, B, P, 64), [&](int64_t i, Workspace&) {
+      std::vector<std::pair<int64_t, int32_t>> row(P);
+      for (int64_t p = 0; p < P; ++p) {
+        const float score = scores[i * P + p];
+        const int64_t id = ids[i * P + p];
+        const bool real = id >= 0 && !std::isnan(score);
+        row[p] = {real ? standing_of(score, static_cast<int32_t>(id)) : kNone, static_cast<int32_t>(p)};
+      }
+      std::sort(row.begin(), row.end());
+      for (int64_t p = 0; p < P; ++p) std::tie(standings[i * P + p], columns[i * P + p]) = row[p];
+    });
+  }
+};
+
 void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t blocks, const float* thresholds,
                  const int64_t* threshold_ids, int64_t targets, const int64_t* exclude, int64_t* out, int threads) {
   check_sizes(s);
@@ -200,7 +224,10 @@ void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
   check_rows("exclude", exclude, B, s.keys.rows);
   std::fill(out, out + B * targets * blocks, 0);
   const Prepared prepared(s, metric, 0, threads);
-  const Plan plan(B, s.count, block_of(B, 4 * s.query.dim), 1, 4096);
+  const SortedThresholds sorted(thresholds, threshold_ids, B, targets, threads);
+  // Sums of whole numbers are the same however the keys are cut, so here the threads may decide.
+  const int64_t lane_bytes = 4 * s.query.dim + 16 * targets;  // vectors, thresholds and counts
+  const Plan plan(B, s.count, block_of(B, lane_bytes), 1, 4096, threads == 1 ? 1 : 4 * threads);
   std::vector<int64_t> bad(1, kNone);
   parallel_for(plan.items(), threads_for(threads, B, s.count, s.query.dim), [&](int64_t n, Workspace& ws) {
     const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
@@ -212,8 +239,8 @@ void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
                    std::min((split + 1) * plan.rows, s.count),
                    bounds,
                    blocks,
-                   thresholds,
-                   threshold_ids,
+                   sorted.standings.data(),
+                   sorted.columns.data(),
                    targets,
                    exclude,
                    bad.data(),

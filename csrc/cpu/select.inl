@@ -3,12 +3,7 @@
 
 namespace {
 
-// Floats in their order as integers, and back.
-inline int32_t order_of(float x) {
-  const int32_t u = static_cast<int32_t>(bits_of_float(x));
-  return u < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(u)) : u;
-}
-
+// Undoes order_of.
 inline float float_of(int32_t order) {
   return float_from_bits(order < 0 ? 0x80000000u - static_cast<uint32_t>(order) : static_cast<uint32_t>(order));
 }

@@ -77,6 +77,7 @@ struct Simd {
       out[4 * g + 3] = _mm256_shuffle_ps(odd, odd2, 0xee);
     }
   }
+  static I truncate(F a) { return _mm256_cvttps_epi32(a); }
   static I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static I set1(int32_t a) { return _mm256_set1_epi32(a); }

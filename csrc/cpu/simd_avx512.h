@@ -67,6 +67,7 @@ struct Simd {
       out[4 * g + 3] = _mm512_shuffle_ps(odd, odd2, 0xee);
     }
   }
+  static I truncate(F a) { return _mm512_cvttps_epi32(a); }
   static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
   static I set1(int32_t a) { return _mm512_set1_epi32(a); }

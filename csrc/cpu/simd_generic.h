@@ -73,6 +73,7 @@ struct Simd {
     for (int j = 0; j < W; ++j)
       for (int i = 0; i < W; ++i) out[j][i] = j < width ? rows[i][d + j] : 0.0f;
   }
+  static I truncate(F a) { return __builtin_convertvector(a, I); }
   static I load(const int32_t* p) {
     I a;
     std::memcpy(&a, p, sizeof a);

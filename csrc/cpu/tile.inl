@@ -20,7 +20,7 @@ constexpr int MR = Simd::MR;                // rows of a register tile
 constexpr int NB = MR * (MR > 8 ? 8 : 16);  // rows of a packed block, even
 constexpr int CHUNK = 64;                   // words of a row that lie together
 
-constexpr float kInf = __builtin_inff();
+constexpr float kInf = __builtin_inff(), kNan = __builtin_nanf("");
 
 struct Fp32 {
   static constexpr int PACK = 1;  // dimensions in a word

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from engine.test_topk import DTYPES, METRICS, exact_scores
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastcompat as fc
+from fastcompat import _ops
 
 
 def from_topk(query, keys, targets, metric, exclude):
@@ -43,6 +46,51 @@ def test_near_ties_agree_with_topk(metric, dtype):
     ours = fc.ranks(query, keys, targets, metric=metric)
     assert torch.equal(ours, from_topk(query, keys, targets, metric, None))
     assert torch.equal(ours.sort(dim=1).values, targets)
+
+
+def ordinary(rows, dim):
+    return torch.randn(rows, dim)
+
+
+def few_values(rows, dim):
+    """Scores tie in large groups, at zero above all."""
+    return torch.randint(-1, 2, (rows, dim)) * (torch.arange(dim) < 3).float()
+
+
+def clustered(rows, dim):
+    """Scores differ by little beyond rounding, but for one far away."""
+    vectors = torch.ones(rows, dim) + 1e-6 * torch.randn(rows, dim)
+    vectors[rows // 2] = 1e3 * torch.randn(dim)
+    return vectors
+
+
+def extreme(rows, dim):
+    """Products vanish, overflow, and are the difference of two infinities."""
+    return torch.randn(rows, dim) * 10.0 ** torch.randint(-25, 25, (rows, 1))
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 1000, 3000])
+@pytest.mark.parametrize("vectors", [ordinary, few_values, clustered, extreme])
+@pytest.mark.parametrize("metric", METRICS)
+def test_beats_are_those_of_their_definition(metric, vectors, count):
+    """In every block: keys with a greater score, or an equal one and a smaller id, that are not excluded."""
+    rows, columns, dim = 71, 700, 37
+    query, keys = vectors(rows, dim), vectors(columns, dim)
+    walk, bounds = torch.randperm(columns), torch.tensor([0, 3, 3, 300, 500, columns])
+    targets, exclude = torch.randint(-1, columns, (rows, count)), torch.randint(-1, columns, (rows,))
+    scores = _ops.pair_scores(query, keys, torch.arange(columns).expand(rows, columns), metric)
+    thresholds = _ops.pair_scores(query, keys, targets, metric)
+    if count == 100:  # on both tails, where bounds of scores decide almost everything
+        order = scores.argsort(1)
+        targets = torch.cat([order[:, :50], order[:, -50:]], 1)
+        thresholds = scores.gather(1, targets)
+    ours = _ops.count_beats(query, keys, walk, bounds, thresholds, targets, metric, exclude)
+    for i in range(0, rows, 1 + count // 500):
+        score, bar = scores[i, walk][:, None], thresholds[i]
+        better = (score > bar) | ((score == bar) & (walk[:, None] < targets[i]))  # [N, P]
+        better &= (targets[i] >= 0) & (walk[:, None] != exclude[i])
+        blocks = [better[a:b].sum(0) for a, b in pairwise(bounds)]
+        assert torch.equal(ours[i], torch.stack(blocks, 1))
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
