@@ -64,7 +64,7 @@ namespace fastcompat {
 
 extern const Kernels FASTCOMPAT_TABLE;
 const Kernels FASTCOMPAT_TABLE = {
-    FASTCOMPAT_NAME, NB,        forward_item, gradient_item, kept_item, topk_item, packed_floats,
+    FASTCOMPAT_NAME, NB,         forward_item, gradient_item, kept_item, topk_item, packed_floats,
     pack_item,       beats_item, pairs_item,   factors,       store_row, load_row,
 };
 

@@ -7,14 +7,14 @@ namespace fastcompat {
 
 constexpr int64_t kSmallestPart = 2048;
 
-inline Plan forward_plan(const SoftmaxProblem& p, bool want_mean) {
+inline Plan forward_plan(const SoftmaxProblem& p, bool want_mean, bool keeping) {
   const int64_t B = p.query.rows, N = p.keys.rows, D = p.query.dim;
-  return {B, N, block_of(B, 8 * D), want_mean ? B * D * 4 : B * 8, kSmallestPart};
+  const int64_t part_bytes = want_mean ? B * D * 4 : B * 8;
+  // Exponentials take the memory: partial results get a quarter of their share.
+  return {B, N, block_of(B, 8 * D), keeping ? 4 * part_bytes : part_bytes, kSmallestPart};
 }
 
-inline int64_t blocks_of_part(const Plan& plan) {
-  return (plan.rows + kernels().pack_rows - 1) / kernels().pack_rows;
-}
+inline int64_t blocks_of_part(const Plan& plan) { return (plan.rows + kernels().pack_rows - 1) / kernels().pack_rows; }
 
 inline Kept part_of(const Kept& all, const Plan& plan, int64_t part) {
   const int64_t blocks = part * blocks_of_part(plan);

@@ -15,12 +15,13 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kKeptBytes = 32ll << 20;
-constexpr int64_t kPass = 64;  // queries that make a pass worth its traffic; passes are multiples of it
+constexpr int64_t kFewest = 128;  // queries whose exponentials must fit, for a pass to be worth its traffic
 
 SoftmaxProblem rows_of(const SoftmaxProblem& p, int64_t first, int64_t count) {
   SoftmaxProblem part = p;
   part.query.rows = count;
-  part.query.data = static_cast<const char*>(p.query.data) + first * p.query.stride * (p.query.dtype == DType::f32 ? 4 : 2);
+  part.query.data =
+      static_cast<const char*>(p.query.data) + first * p.query.stride * (p.query.dtype == DType::f32 ? 4 : 2);
   for (const int64_t** rows : {&part.query_labels, &part.positive, &part.exclude})
     if (*rows) *rows += first;
   return part;
@@ -30,23 +31,21 @@ SoftmaxProblem rows_of(const SoftmaxProblem& p, int64_t first, int64_t count) {
 int64_t rows_of_pass(const SoftmaxProblem& p) {
   const int64_t B = p.query.rows, N = p.keys.rows;
   if (!p.positive || p.keys.dtype != DType::f32 || B == 0 || N == 0) return 0;
-  const int64_t most = std::min<int64_t>(512, kKeptBytes / (4 * N)) / kPass * kPass;
-  if (most == 0) return 0;
+  const int64_t most = std::min<int64_t>(512, kKeptBytes / (4 * N)) / 64 * 64;
+  if (most < kFewest) return 0;
   const int64_t passes = (B + most - 1) / most;
-  return ((B + passes - 1) / passes + kPass - 1) / kPass * kPass;
+  return ((B + passes - 1) / passes + 63) / 64 * 64;
 }
 
 // What one pass finds out about its rows.
 struct Rows {
-  std::vector<float> neg_lse, pos_lse, pos_sum, g_neg, g_pos, mean;
+  std::vector<float> neg_lse, pos_lse, pos_sum, g_neg, g_pos;
   std::vector<int64_t> pos_count;
 
-  Rows(int64_t count, int64_t dim)
-      : neg_lse(count), pos_lse(count), pos_sum(count), g_neg(count), g_pos(count), mean(count * dim), pos_count(count) {}
+  explicit Rows(int64_t count)
+      : neg_lse(count), pos_lse(count), pos_sum(count), g_neg(count), g_pos(count), pos_count(count) {}
 
-  SoftmaxStats stats() {
-    return {neg_lse.data(), pos_lse.data(), pos_sum.data(), pos_count.data(), mean.empty() ? nullptr : mean.data()};
-  }
+  SoftmaxStats stats(float* mean) { return {neg_lse.data(), pos_lse.data(), pos_sum.data(), pos_count.data(), mean}; }
   SoftmaxGrads grads() const { return {neg_lse.data(), pos_lse.data(), g_neg.data(), g_pos.data(), nullptr}; }
 
   // The losses of the first `count` rows and their gradients; rows without positives take no part.
@@ -97,24 +96,25 @@ void softmax_loss(const SoftmaxProblem& p, bool mean, float* loss, void* dquery,
   check_indices(p);
   const int64_t B = p.query.rows, D = p.query.dim;
   const int64_t keeping = dkeys ? rows_of_pass(p) : 0, pass = keeping ? keeping : std::max<int64_t>(B, 1);
-  Rows rows(std::min(pass, B), dquery ? D : 0);
+  Rows rows(std::min(pass, B));
+  const bool f32 = p.query.dtype == DType::f32;
+  std::vector<float> means(dquery && !f32 ? B * D : 0);
   Workspace memory;
   Kept kept{};
   double total = 0, weight = 1;
   for (int64_t first = 0; first == 0 || first < B; first += pass) {
     const SoftmaxProblem part = rows_of(p, first, std::min(pass, B - first));
-    const Plan plan = forward_plan(part, dquery != nullptr);
+    const Plan plan = forward_plan(part, dquery != nullptr, keeping != 0);
     if (keeping && first == 0) {
       const int64_t blocks = plan.splits * blocks_of_part(plan);
       kept = {memory.floats(0, blocks * kernels().pack_rows * pass), memory.floats(1, blocks * pass), pass};
     }
-    softmax_stats(part, rows.stats(), kept, threads);
+    void* out = dquery ? static_cast<char*>(dquery) + first * D * (f32 ? 4 : 2) : nullptr;
+    float* mean_key = f32 ? static_cast<float*>(out) : means.data();
+    softmax_stats(part, rows.stats(mean_key), kept, threads);
     if (mean && first == 0) weight = 1.0 / std::max<int64_t>(1, rows_with_positives(p, rows));
     total += rows.log_odds(part.query.rows, weight);
-    if (dquery) {
-      char* out = static_cast<char*>(dquery) + first * D * (p.query.dtype == DType::f32 ? 4 : 2);
-      softmax_query_grad(part, rows.grads(), rows.mean.data(), out, nullptr, threads);
-    }
+    if (dquery) softmax_query_grad(part, rows.grads(), mean_key, out, nullptr, threads);
     if (keeping)
       add_key_gradient(part, kept, plan, rows, static_cast<float*>(dkeys), first > 0, threads);
     else if (dkeys)

@@ -47,7 +47,7 @@ float shift_of(float max) { return std::isfinite(max) ? max : 0.0f; }
 void negatives(const SoftmaxProblem& p, const Groups* groups, const SoftmaxStats& out, const Kept& kept, int threads) {
   const Kernels& k = kernels();
   const int64_t B = p.query.rows, N = p.keys.rows, D = p.query.dim;
-  const Plan plan = forward_plan(p, out.mean != nullptr);
+  const Plan plan = forward_plan(p, out.mean != nullptr, kept.exps != nullptr);
   Partials part(plan.splits, B, D, out.mean != nullptr);
   threads = threads_for(threads, B, N, D);
   parallel_for(plan.items(), threads, [&](int64_t item, Workspace& ws) {
@@ -229,10 +229,12 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
   const Kernels& k = kernels();
   const int64_t B = p.query.rows, D = p.query.dim;
   const CleanGrads g(grads, B);
-  std::vector<float> u(B * D), row(D);
+  const bool in_place = dquery && p.query.dtype == DType::f32;
+  std::vector<float> sums(in_place ? 0 : B * D), row(D);
+  float* u = in_place ? static_cast<float*>(dquery) : sums.data();  // [B, D]
   for (int64_t i = 0; i < B; ++i) {
-    if (g.neg_lse[i] != kInf && grads.g_neg)
-      for (int64_t d = 0; d < D; ++d) u[i * D + d] = g.g_neg[i] * mean[i * D + d];
+    const bool negatives = g.neg_lse[i] != kInf && grads.g_neg;
+    for (int64_t d = 0; d < D; ++d) u[i * D + d] = negatives ? g.g_neg[i] * mean[i * D + d] : 0.0f;
     const int64_t j = p.positive ? chosen_positive(p, i) : -1;
     if (j < 0 || g.pos_lse[i] == kInf) continue;
     k.load_row(row.data(), p.keys, j);
@@ -246,16 +248,17 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
       item.lanes = {p.query, groups->query_rows.data(), blocks[n].first, blocks[n].count};
       item.rows = keys_of(*groups, blocks[n].group, p.keys);
       item.lanes_are_queries = true;
-      item.out = u.data();
+      item.out = u;
       k.gradient(item, ws);
     });
   }
   for (int64_t i = 0; i < B; ++i) {
-    const float* ui = u.data() + i * D;
+    const float* ui = u + i * D;
+    if (dscale) {
+      k.load_row(row.data(), p.query, i);
+      dscale[i] = static_cast<float>(dot(row.data(), ui, D));
+    }
     if (dquery) k.store_row(dquery, p.query.dtype, i, ui, D, p.scale);
-    if (!dscale) continue;
-    k.load_row(row.data(), p.query, i);
-    dscale[i] = static_cast<float>(dot(row.data(), ui, D));
   }
 }
 
