@@ -92,6 +92,7 @@ class _Once(torch.autograd.Function):
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, keys: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        loss: Tensor
         loss, dquery, dkeys = _ops.softmax_loss(query, keys, *rest)
         ctx.save_for_backward(query, keys, dquery, dkeys)
         return loss
@@ -171,5 +172,7 @@ def softmax_loss(
     if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
         query, keys, *rest = arguments
         wanted = (query.requires_grad, keys.requires_grad)
-        return _SoftmaxLoss.apply(query, keys, (*rest, mean, *wanted))  # type: ignore[no-untyped-call, no-any-return]
-    return _ops.softmax_loss(*arguments, mean, False, False)[0]
+        loss: Tensor = _SoftmaxLoss.apply(query, keys, (*rest, mean, *wanted))  # type: ignore[no-untyped-call]
+    else:
+        loss = _ops.softmax_loss(*arguments, mean, False, False)[0]
+    return loss

@@ -167,7 +167,9 @@ class _Call:
             query.stride(0),
             keys.stride(0),
             scale,
-            *[0 if x is None else self.flat(x) for x in vectors],  # bias, query_labels, key_labels, positive, exclude
+            *[
+                0 if x is None else self.flat(x) for x in vectors
+            ],  # bias, query_labels, key_labels, positive, exclude
         )
 
     def segment(
