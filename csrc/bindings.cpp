@@ -210,6 +210,13 @@ PYBIND11_MODULE(_C, m) {
         pack(segment_of(segment, 0), static_cast<Metric>(metric), pointer<float>(out), threads);
       },
       Release());
+  m.def(
+      "softmax_loss",
+      [](const ProblemTuple& problem, bool mean, Address loss, Address dquery, Address dkeys, int threads) {
+        softmax_loss(problem_of(problem), mean, pointer<float>(loss), pointer<void>(dquery), pointer<void>(dkeys),
+                     threads);
+      },
+      Release());
   define_kernels<int>(m);
 #ifdef FASTCOMPAT_CUDA
   py::module_ gpu = m.def_submodule("cuda", "the same kernels on a GPU");

@@ -47,12 +47,17 @@ struct SoftmaxGrads {
 
 void softmax_stats(const SoftmaxProblem& problem, const SoftmaxStats& out, int threads);
 
-// dquery [B, D] in the query's dtype (null: not wanted), dscale [B] = <query_i, d loss / d (scale * query_i)>.
+// dquery [B, D] in the query's dtype (null: not wanted), dscale [B] = <query_i, d loss / d (scale * query_i)> (null:
+// not wanted). A float dquery may be the memory of mean.
 void softmax_query_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, const float* mean, void* dquery,
                         float* dscale, int threads);
 
 // dkeys [N, D] in the keys' dtype (null: not wanted), dbias [N] (null: not wanted).
 void softmax_key_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, void* dkeys, float* dbias, int threads);
+
+// The mean or the sum, over the rows that have positives, of log(1 + exp(neg_lse - pos_lse)), with its gradients:
+// dquery [B, D] and dkeys [N, D] in the dtype of query and keys (null: not wanted).
+void softmax_loss(const SoftmaxProblem& problem, bool mean, float* loss, void* dquery, void* dkeys, int threads);
 
 // One embedding space of a gallery: the listed rows of keys are scored with this query as scale * score + offset.
 struct Segment {

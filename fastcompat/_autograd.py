@@ -3,6 +3,9 @@
 d neg_lse_i / d q_i = scale * mean_i, with mean_i the softmax-weighted mean key of the negatives: the forward
 pass already knows it, so the query's gradient costs no second pass over the keys. Keys or a bias that want a
 gradient cost one key-stationary pass.
+
+The loss `mean or sum of log(1 + exp(neg_lse - pos_lse))` is one number, so its gradients are known up to a
+factor as soon as it is: one call computes both.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from torch import Tensor
 
 from . import _checks, _ops
 from .reference import SoftmaxStats
+
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 _TWICE = (
     "fastcompat's native kernels have no second derivative; call the function with "
@@ -84,8 +89,44 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(_TWICE)
 
 
-def _wants_grad(value: Tensor | None) -> bool:
-    return value is not None and value.requires_grad
+class _SoftmaxLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        loss: Tensor
+        loss, dquery, dkeys = _ops.softmax_loss(query, keys, *rest)
+        ctx.save_for_backward(query, keys, dquery, dkeys)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, keys, dquery, dkeys = ctx.saved_tensors
+        if _checks.eager() and not _keeps_graph():
+            number = grad.item()
+            if number != 1:  # nobody can ask for these gradients again: no copy
+                dquery.mul_(number)
+                dkeys.mul_(number)
+        else:
+            with torch.no_grad():
+                dquery, dkeys = dquery * grad, dkeys * grad
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                dquery, dkeys, *_ = _Once.apply(dquery, dkeys, None, None, query, keys, grad)  # type: ignore[no-untyped-call]
+        want_query, want_keys, _ = ctx.needs_input_grad
+        return (dquery if want_query else None, dkeys if want_keys else None, None)
+
+
+def _wants_grad(value: float | Tensor | None) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _arguments(query: Tensor, keys: Tensor, scale: float | Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
+    """The nine arguments that describe a softmax problem, as the operators take them."""
+    _checks.no_transforms()
+    factor, scale_tensor = (1.0, scale.float()) if isinstance(scale, Tensor) else (scale, None)
+    arguments = (query, keys, factor, scale_tensor, *rest)
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        # Dynamo refuses one tensor in two places (one label vector for both sides): pass views.
+        arguments = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in arguments)
+    return arguments
 
 
 def softmax_stats(
@@ -99,23 +140,39 @@ def softmax_stats(
     exclude: Tensor | None,
 ) -> SoftmaxStats:
     """The native statistics, differentiable once in query, keys, scale and bias."""
-    _checks.no_transforms()
-    factor, scale_tensor = (1.0, scale.float()) if isinstance(scale, Tensor) else (scale, None)
-    arguments: tuple[Any, ...] = (
-        query,
-        keys,
-        factor,
-        scale_tensor,
-        bias,
-        query_labels,
-        key_labels,
-        positive,
-        exclude,
-    )
-    want_mean = query.requires_grad or _wants_grad(scale_tensor)
+    arguments = _arguments(query, keys, scale, bias, query_labels, key_labels, positive, exclude)
+    want_mean = query.requires_grad or _wants_grad(scale)
     if torch.is_grad_enabled() and (want_mean or keys.requires_grad or _wants_grad(bias)):
-        if torch.compiler.is_compiling():
-            # Dynamo refuses one tensor in two places (one label vector for both sides): pass views.
-            arguments = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in arguments)
         return SoftmaxStats(*_SoftmaxStats.apply(*arguments, want_mean))  # type: ignore[no-untyped-call]
     return SoftmaxStats(*_ops.softmax_stats(*arguments, False)[:4])
+
+
+def fuses(query: Tensor, scale: float | Tensor, bias: Tensor | None) -> bool:
+    """Whether `softmax_loss` covers this: float16 needs the number that arrives early, to stay in range."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype != torch.float16
+        and not (_wants_grad(scale) or _wants_grad(bias))
+    )
+
+
+def softmax_loss(
+    query: Tensor,
+    keys: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    positive: Tensor | None,
+    exclude: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    """`log(1 + exp(neg_lse - pos_lse))`, mean or sum over the rows with positives; differentiable once."""
+    arguments = _arguments(query, keys, scale, bias, query_labels, key_labels, positive, exclude)
+    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
+        query, keys, *rest = arguments
+        wanted = (query.requires_grad, keys.requires_grad)
+        loss: Tensor = _SoftmaxLoss.apply(query, keys, (*rest, mean, *wanted))  # type: ignore[no-untyped-call]
+    else:
+        loss = _ops.softmax_loss(*arguments, mean, False, False)[0]
+    return loss

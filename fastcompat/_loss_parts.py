@@ -34,6 +34,8 @@ def common_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
 
 def matched(query: Tensor, keys: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Both sides in one dtype, and of unit length if asked; each is rounded at most once."""
+    if query.dtype == keys.dtype and not normalize:
+        return query, keys
     dtype = common_dtype(query, keys)
     if normalize:
         query, keys = normalised(query), normalised(keys)

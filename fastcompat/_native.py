@@ -156,17 +156,20 @@ class _Call:
             self.scale_factor = scale_tensor.data_ptr()  # read on the GPU, so that nobody waits for it
         elif scale_tensor is not None:
             scale *= scale_tensor.item()
+        rows, dim = query.shape
         return (
             query.data_ptr(),
             keys.data_ptr(),
-            _DTYPE_CODES[query.dtype],
-            query.shape[0],
+            _DTYPE_CODES[self.dtype],
+            rows,
             keys.shape[0],
-            query.shape[1],
+            dim,
             query.stride(0),
             keys.stride(0),
             scale,
-            *map(self.flat, vectors),  # bias, query_labels, key_labels, positive, exclude
+            *[
+                0 if x is None else self.flat(x) for x in vectors
+            ],  # bias, query_labels, key_labels, positive, exclude
         )
 
     def segment(
@@ -260,6 +263,27 @@ def softmax_key_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
         dbias.data_ptr() if want_bias else 0,
     )
     return dkeys, dbias
+
+
+def softmax_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `fastcompat::softmax_loss`."""
+    *problem, mean, want_query, want_keys = arguments
+    query, keys = problem[:2]
+    call = _Call(query)
+    loss = torch.empty((), dtype=torch.float32)
+    dquery, dkeys = (
+        torch.empty_like(x if want else x[:0], memory_format=torch.contiguous_format)
+        for x, want in ((query, want_query), (keys, want_keys))
+    )
+    call.run(
+        "softmax_loss",
+        call.problem(problem),
+        mean,
+        loss.data_ptr(),
+        dquery.data_ptr() if want_query else 0,
+        dkeys.data_ptr() if want_keys else 0,
+    )
+    return loss, dquery, dkeys
 
 
 def topk(

@@ -19,6 +19,7 @@ _SCHEMAS = (
     "Tensor? grad_pos, Tensor? grad_sum) -> (Tensor, Tensor)",
     f"softmax_key_grad({_PROBLEM}, Tensor neg_lse, Tensor pos_lse, Tensor? grad_neg, Tensor? grad_pos, "
     "Tensor? grad_sum, bool want_keys, bool want_bias) -> (Tensor, Tensor)",
+    f"softmax_loss({_PROBLEM}, bool mean, bool want_query, bool want_keys) -> (Tensor, Tensor, Tensor)",
     "topk(Tensor[] query, Tensor[] keys, Tensor[] rows, float[] scale, float[] offset, SymInt k, str metric, "
     "Tensor? query_labels, Tensor? key_labels, Tensor? exclude, Tensor[] packed, bool report=True) "
     "-> (Tensor, Tensor)",
@@ -27,11 +28,13 @@ _SCHEMAS = (
     "Tensor threshold_ids, str metric, Tensor? exclude) -> Tensor",
 )
 
+_CPU_ALONE = ("softmax_loss",)  # see `_autograd.fuses`
+
 _library = torch.library.Library("fastcompat", "DEF")  # type: ignore[no-untyped-call]
 for _schema in _SCHEMAS:
     _name = _schema.partition("(")[0]
     _library.define(_schema)  # type: ignore[no-untyped-call]
-    for _device in ("CPU", "CUDA"):
+    for _device in ("CPU",) if _name in _CPU_ALONE else ("CPU", "CUDA"):
         _library.impl(_name, getattr(_native, _name), _device)  # type: ignore[no-untyped-call]
 
 
@@ -56,6 +59,14 @@ def _(query, keys, *rest):  # type: ignore[no-untyped-def]
     return dkeys, keys.new_empty(rows if want_bias else 0, dtype=torch.float32)
 
 
+@torch.library.register_fake("fastcompat::softmax_loss")
+def _(query, keys, *rest):  # type: ignore[no-untyped-def]
+    want_query, want_keys = rest[-2:]
+    dquery = query.new_empty((query.shape[0] if want_query else 0, query.shape[1]))
+    dkeys = keys.new_empty((keys.shape[0] if want_keys else 0, keys.shape[1]))
+    return query.new_empty((), dtype=torch.float32), dquery, dkeys
+
+
 @torch.library.register_fake("fastcompat::topk")
 def _(query, keys, rows, scale, offset, k, metric, query_labels, key_labels, exclude, *rest):  # type: ignore[no-untyped-def]
     shape = (query[0].shape[0], k)
@@ -75,6 +86,7 @@ def _(query, keys, rows, bounds, thresholds, threshold_ids, metric, exclude):  #
 softmax_stats = torch.ops.fastcompat.softmax_stats.default
 softmax_query_grad = torch.ops.fastcompat.softmax_query_grad.default
 softmax_key_grad = torch.ops.fastcompat.softmax_key_grad.default
+softmax_loss = torch.ops.fastcompat.softmax_loss.default
 topk = torch.ops.fastcompat.topk.default
 pair_scores = torch.ops.fastcompat.pair_scores.default
 count_beats = torch.ops.fastcompat.count_beats.default

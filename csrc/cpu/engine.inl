@@ -15,6 +15,8 @@
 // order matters
 #include "softmax.inl"
 // order matters
+#include "kept.inl"
+// order matters
 #include "select.inl"
 // order matters
 #include "scores.inl"
@@ -73,7 +75,7 @@ namespace fastcompat {
 
 extern const Kernels FASTCOMPAT_TABLE;
 const Kernels FASTCOMPAT_TABLE = {
-    FASTCOMPAT_NAME, NB,         forward_item, gradient_item, topk_item, packed_floats,
+    FASTCOMPAT_NAME, NB,         forward_item, gradient_item, kept_item, topk_item, packed_floats,
     pack_item,       beats_item, pairs_item,   factors,       store_row, load_row,
 };
 

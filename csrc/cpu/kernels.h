@@ -32,6 +32,13 @@ struct RowRange {
   int64_t row(int64_t i) const { return index ? index[first + i] : first + i; }
 };
 
+// Exponentials that a forward pass keeps for the key gradient, so that no score is computed twice.
+struct Kept {
+  float* exps;      // [block of keys][64 queries][key][64]: exp(z - shift), 0 for a pair that is left out
+  float* shifts;    // [block of keys][queries]
+  int64_t queries;  // room for them: a multiple of 64
+};
+
 // Statistics (and mean key) of some queries against some keys. Outputs are indexed by the query's row.
 struct ForwardItem {
   RowRange query, keys;
@@ -44,6 +51,7 @@ struct ForwardItem {
   float* sum_exp;              // [B]
   float* sum;                  // [B] or null: sum of the logits
   float* mean;                 // [B, D] or null: sum of exp(z - max) * key, not normalised
+  Kept kept;                   // of these keys; null: nothing is kept
 };
 
 // sum over rows of c * row for every lane, where c is the gradient of the loss with respect to a logit.
@@ -62,6 +70,19 @@ struct GradientItem {
   float* out;               // [lanes, D] or null: float sums, indexed by the lane's row, added to what is there
   void* out_scaled;         // [lanes, D] or null: scale * sums in the lanes' dtype, contiguous
   float* out_bias;          // [lanes] or null: sum of c, added to what is there
+};
+
+// The gradient of some float32 keys from the exponentials that a forward pass over all these queries kept.
+struct KeptItem {
+  RowRange query, keys;
+  Kept kept;  // of these keys; its exponentials become the coefficients
+  float scale;
+  const float *neg_lse, *g_neg;  // [queries]; an empty set has lse = +inf and gradient 0
+  const float* g_pos;
+  const int64_t* positive;
+  const int64_t* exclude;  // or null
+  float* dkeys;            // [N, D]
+  bool add;                // to what is there
 };
 
 struct SearchSegment {
@@ -127,6 +148,7 @@ struct Kernels {
   int pack_rows;  // rows of a packed block
   void (*forward)(const ForwardItem&, Workspace&);
   void (*gradient)(const GradientItem&, Workspace&);
+  void (*kept_gradient)(const KeptItem&, Workspace&);
   void (*topk)(const TopkItem&, Workspace&);
   int64_t (*packed_floats)(const Matrix& keys);  // of a packed block; 0: topk screens no such keys
   void (*pack)(const PackItem&, Workspace&);

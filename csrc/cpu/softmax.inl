@@ -95,11 +95,12 @@ inline void follow_max(StripState& s, const float* z, int n, float* mean, int64_
   }
 }
 
+inline F shift_of(F max) { return Simd::select(is_finite(max), max, Simd::set1(0.0f)); }
+
 // logits -> exponentials in place, and their sums.
 inline void exponentials(StripState& s, float* z, int n) {
   for (int v = 0; v < NV; ++v) {
-    const F top = Simd::load(s.max + v * W);
-    const F shift = Simd::select(is_finite(top), top, Simd::set1(0.0f));
+    const F shift = shift_of(Simd::load(s.max + v * W));
     F total = Simd::set1(0.0f);
     for (int i = 0; i < n; ++i) {
       const F p = exp(Simd::sub(Simd::load(z + i * L + v * W), shift));
@@ -110,9 +111,18 @@ inline void exponentials(StripState& s, float* z, int n) {
   }
 }
 
+// Leaves a block's exponentials with the queries of a strip from number `query` on, and the shift they were made with.
+inline void keep(const Kept& kept, int64_t block, int64_t query, const StripState& s, const float* z, int n) {
+  static_assert(CHUNK % L == 0, "a strip of queries lies in one chunk");
+  float* out = kept.exps + block * NB * kept.queries + query / CHUNK * NB * CHUNK + query % CHUNK;
+  for (int i = 0; i < n; ++i) std::memcpy(out + i * CHUNK, z + i * L, L * sizeof(float));
+  for (int v = 0; v < NV; ++v)
+    Simd::store(kept.shifts + block * kept.queries + query + v * W, shift_of(Simd::load(s.max + v * W)));
+}
+
 template <class A>
 void forward_block(const ForwardItem& item, int64_t first, int n, const float* rows, const float* pairs,
-                   const float* panel, StripState& s, float* mean, float* z, const Ahead& ahead) {
+                   const float* panel, int64_t query, StripState& s, float* mean, float* z, const Ahead& ahead) {
   const int64_t dim = item.keys.matrix.dim;
   score_block<A>(rows, n, panel, words_of<A>(dim), z, ahead);
   logits_of_block(item, item.keys, first, n, s, z);
@@ -124,6 +134,7 @@ void forward_block(const ForwardItem& item, int64_t first, int n, const float* r
   fill_holes(s, first, n, -kInf, z);
   follow_max(s, z, n, mean, dim);
   exponentials(s, z, n);
+  if (item.kept.exps) keep(item.kept, first / NB, query, s, z, n);
   if (mean) {
     pair_weights<A>(z, n);
     add_weighted<A>(pairs, n, z, dim, mean);
@@ -163,7 +174,7 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
     pack_rows<A>(keys, first, n, rows);
     const float* pairs = means ? pair_rows<A>(rows, dim, n, ws) : nullptr;
     for (int t = 0; t < strips; ++t) {
-      forward_block<A>(item, first, n, rows, pairs, panels + t * words * L, states[t],
+      forward_block<A>(item, first, n, rows, pairs, panels + t * words * L, query.first + t * L, states[t],
                        means ? means + t * padded(dim) * L : nullptr, z, {keys, first + NB, t, strips});
     }
   }

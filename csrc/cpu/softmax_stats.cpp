@@ -2,8 +2,10 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <utility>
 
 #include "groups.h"
+#include "kept.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -11,21 +13,6 @@ namespace fastcompat {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kSmallestPart = 2048;
-
-void check_indices(const char* name, const int64_t* index, int64_t count, int64_t keys) {
-  for (int64_t i = 0; index && i < count; ++i)
-    if (index[i] < -1 || index[i] >= keys)
-      throw std::invalid_argument(std::string("`") + name + "` must hold key numbers from 0 to " +
-                                  std::to_string(keys - 1) + ", or -1: row " + std::to_string(i) + " holds " +
-                                  std::to_string(index[i]));
-}
-
-void check(const SoftmaxProblem& p) {
-  check_indices("positive", p.positive, p.query.rows, p.keys.rows);
-  check_indices("exclude", p.exclude, p.query.rows, p.keys.rows);
-}
-
 // In double, with partial sums that vectors can hold.
 double dot(const float* a, const float* b, int64_t n) {
   double sums[8] = {};
@@ -57,10 +44,10 @@ struct Partials {
 
 float shift_of(float max) { return std::isfinite(max) ? max : 0.0f; }
 
-void negatives(const SoftmaxProblem& p, const Groups* groups, const SoftmaxStats& out, int threads) {
+void negatives(const SoftmaxProblem& p, const Groups* groups, const SoftmaxStats& out, const Kept& kept, int threads) {
   const Kernels& k = kernels();
   const int64_t B = p.query.rows, N = p.keys.rows, D = p.query.dim;
-  const Plan plan(B, N, block_of(B, 8 * D), out.mean ? B * D * 4 : B * 8, kSmallestPart);
+  const Plan plan = forward_plan(p, out.mean != nullptr, kept.exps != nullptr);
   Partials part(plan.splits, B, D, out.mean != nullptr);
   threads = threads_for(threads, B, N, D);
   parallel_for(plan.items(), threads, [&](int64_t item, Workspace& ws) {
@@ -80,6 +67,7 @@ void negatives(const SoftmaxProblem& p, const Groups* groups, const SoftmaxStats
     f.max = part.max.data() + split * B;
     f.sum_exp = part.sum_exp.data() + split * B;
     if (out.mean) f.mean = split ? part.mean.data() + (split - 1) * B * D : out.mean;
+    if (kept.exps) f.kept = part_of(kept, plan, split);
     k.forward(f, ws);
   });
   constexpr int64_t kRows = 64;
@@ -207,10 +195,23 @@ GradientItem gradient_item(const SoftmaxProblem& p, const CleanGrads& g) {
 
 }  // namespace
 
+void check_indices(const SoftmaxProblem& p) {
+  for (const auto& [name, index] : {std::pair{"positive", p.positive}, std::pair{"exclude", p.exclude}})
+    for (int64_t i = 0; index && i < p.query.rows; ++i)
+      if (index[i] < -1 || index[i] >= p.keys.rows)
+        throw std::invalid_argument(std::string("`") + name + "` must hold key numbers from 0 to " +
+                                    std::to_string(p.keys.rows - 1) + ", or -1: row " + std::to_string(i) + " holds " +
+                                    std::to_string(index[i]));
+}
+
 void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, int threads) {
-  check(p);
+  softmax_stats(p, out, Kept{}, threads);
+}
+
+void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Kept& kept, int threads) {
+  check_indices(p);
   const std::unique_ptr<Groups> groups = groups_of(p);
-  negatives(p, groups.get(), out, threads);
+  negatives(p, groups.get(), out, kept, threads);
   if (p.positive) {
     positives_by_index(p, out);
   } else if (groups) {
@@ -224,14 +225,16 @@ void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, int threads
 
 void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, const float* mean, void* dquery,
                         float* dscale, int threads) {
-  check(p);
+  check_indices(p);
   const Kernels& k = kernels();
   const int64_t B = p.query.rows, D = p.query.dim;
   const CleanGrads g(grads, B);
-  std::vector<float> u(B * D), row(D);
+  const bool in_place = dquery && p.query.dtype == DType::f32;
+  std::vector<float> sums(in_place ? 0 : B * D), row(D);
+  float* u = in_place ? static_cast<float*>(dquery) : sums.data();  // [B, D]
   for (int64_t i = 0; i < B; ++i) {
-    if (g.neg_lse[i] != kInf && grads.g_neg)
-      for (int64_t d = 0; d < D; ++d) u[i * D + d] = g.g_neg[i] * mean[i * D + d];
+    const bool negatives = g.neg_lse[i] != kInf && grads.g_neg;
+    for (int64_t d = 0; d < D; ++d) u[i * D + d] = negatives ? g.g_neg[i] * mean[i * D + d] : 0.0f;
     const int64_t j = p.positive ? chosen_positive(p, i) : -1;
     if (j < 0 || g.pos_lse[i] == kInf) continue;
     k.load_row(row.data(), p.keys, j);
@@ -245,20 +248,22 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
       item.lanes = {p.query, groups->query_rows.data(), blocks[n].first, blocks[n].count};
       item.rows = keys_of(*groups, blocks[n].group, p.keys);
       item.lanes_are_queries = true;
-      item.out = u.data();
+      item.out = u;
       k.gradient(item, ws);
     });
   }
   for (int64_t i = 0; i < B; ++i) {
-    const float* ui = u.data() + i * D;
+    const float* ui = u + i * D;
+    if (dscale) {
+      k.load_row(row.data(), p.query, i);
+      dscale[i] = static_cast<float>(dot(row.data(), ui, D));
+    }
     if (dquery) k.store_row(dquery, p.query.dtype, i, ui, D, p.scale);
-    k.load_row(row.data(), p.query, i);
-    dscale[i] = static_cast<float>(dot(row.data(), ui, D));
   }
 }
 
 void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* dkeys, float* dbias, int threads) {
-  check(p);
+  check_indices(p);
   const Kernels& k = kernels();
   const int64_t B = p.query.rows, N = p.keys.rows, D = p.query.dim;
   const CleanGrads g(grads, B);

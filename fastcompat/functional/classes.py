@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .. import _loss_parts as parts
-from .engine import row_stats
+from .engine import contrastive, row_stats
 
 
 def bct_loss(
@@ -64,8 +64,8 @@ def bct_loss(
     known = (labels >= 0) & (labels < weight.shape[0])
     target = torch.where(known, labels, -1)
     native = _checks.takes_native(backend, features)
-    stats = row_stats(native, features, weight, scale, bias, None, None, target, None)
-    return parts.contrastive_from_stats(stats, "sum_in_log", reduction)
+    sets = (None, None, target, None)
+    return contrastive(native, features, weight, scale, bias, *sets, "sum_in_log", reduction)
 
 
 def prototype_loss(
@@ -124,11 +124,12 @@ def prototype_loss(
     columns = (perturbed if perturb_negatives else prototypes).detach()
     query, keys = parts.matched(features, columns, normalize)
     native = _checks.takes_native(backend, query)
-    stats = row_stats(native, query, keys, scale, None, None, None, target, None)
-    pos = stats.pos_sum  # of the one positive
-    if perturbed is not prototypes and not perturb_negatives:
-        pos = scale * parts.paired_products(features, parts.class_rows(perturbed.detach(), target), normalize)
-    return parts.reduced(parts.log_odds_loss(stats.neg_lse, pos), target >= 0, reduction)
+    sets = (None, None, target, None)
+    if perturbed is prototypes or perturb_negatives:
+        return contrastive(native, query, keys, scale, None, *sets, "sum_in_log", reduction)
+    neg = row_stats(native, query, keys, scale, None, *sets).neg_lse
+    pos = scale * parts.paired_products(features, parts.class_rows(perturbed.detach(), target), normalize)
+    return parts.reduced(parts.log_odds_loss(neg, pos), target >= 0, reduction)
 
 
 def margin_softmax_loss(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _autograd, _checks, _search, reference
+from .. import _loss_parts as parts
 from ..reference import Segment, SoftmaxStats
 
 Array = TypeVar("Array", Tensor, np.ndarray)
@@ -193,6 +194,27 @@ def row_stats(
     """The statistics by the native kernels or by the reference, for arguments that were checked."""
     kernel = _autograd.softmax_stats if native else reference.softmax_stats
     return kernel(query, keys, scale, bias, query_labels, key_labels, positive, exclude)
+
+
+def contrastive(
+    native: bool,
+    query: Tensor,
+    keys: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    positive: Tensor | None,
+    exclude: Tensor | None,
+    positives: str,
+    reduction: str,
+) -> Tensor:
+    """The contrastive loss of arguments that were checked: in one native call where there is one."""
+    problem = (query, keys, scale, bias, query_labels, key_labels, positive, exclude)
+    scalar = positives == "sum_in_log" and reduction != "none"
+    if native and scalar and _autograd.fuses(query, scale, bias):
+        return _autograd.softmax_loss(*problem, reduction == "mean")
+    return parts.contrastive_from_stats(row_stats(native, *problem), positives, reduction)
 
 
 def _optional(name: str, value: Tensor | np.ndarray | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks, reference
 from .. import _loss_parts as parts
-from .engine import check_sets, row_stats
+from .engine import check_sets, contrastive, row_stats
 
 
 def contrastive_loss(
@@ -58,8 +58,8 @@ def contrastive_loss(
     scale = parts.inverse_temperature(temperature, "query", query)
     query, keys = parts.matched(query, keys, normalize)
     native = _checks.takes_native(backend, query)
-    stats = row_stats(native, query, keys, scale, None, query_labels, key_labels, positive, exclude)
-    return parts.contrastive_from_stats(stats, positives, reduction)
+    sets = (query_labels, key_labels, positive, exclude)
+    return contrastive(native, query, keys, scale, None, *sets, positives, reduction)
 
 
 def simclr_loss(

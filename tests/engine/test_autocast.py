@@ -13,13 +13,16 @@ from fastcompat import _autograd, functional
 def seen(monkeypatch):
     """The dtypes that reach the engine."""
     found = []
-    inner = _autograd.softmax_stats
 
-    def spy(query, keys, *rest):
-        found.append((query.dtype, keys.dtype))
-        return inner(query, keys, *rest)
+    def spy(inner):
+        def call(query, keys, *rest):
+            found.append((query.dtype, keys.dtype))
+            return inner(query, keys, *rest)
 
-    monkeypatch.setattr(_autograd, "softmax_stats", spy)
+        return call
+
+    for name in ("softmax_stats", "softmax_loss"):
+        monkeypatch.setattr(_autograd, name, spy(getattr(_autograd, name)))
     return found
 
 

@@ -117,9 +117,14 @@ void softmax_case(DType type, int64_t B, int64_t N, int64_t D, int kind, int thr
   softmax_query_grad(p, grads, mean.data(), dquery.get(), dscale.data(), threads);
   softmax_key_grad(p, grads, dkeys.get(), dbias.data(), threads);
 
-  std::vector<double> want_dk(N * D), want_db(N);
+  float loss = 0;
+  std::unique_ptr<char[]> loss_dquery(new char[B * D * 4]), loss_dkeys(new char[N * D * 4]);
+  softmax_loss(p, false, &loss, loss_dquery.get(), loss_dkeys.get(), threads);
+
+  double want_loss = 0;
+  std::vector<double> want_dk(N * D), want_db(N), want_loss_dk(N * D);
   const double loose = type == DType::f32 ? 2e-5 : 2e-2;  // bf16 weights and outputs
-  bool stats_ok = true, query_ok = true;
+  bool stats_ok = true, query_ok = true, loss_ok = true;
   for (int64_t i = 0; i < B; ++i) {
     std::vector<double> z(N);
     std::vector<int> role(N);  // 1 negative, 2 positive
@@ -134,29 +139,39 @@ void softmax_case(DType type, int64_t B, int64_t N, int64_t D, int kind, int thr
     }
     stats_ok &= close(neg[i], std::log(neg_sum), 1, 1e-5) && close(pos[i], std::log(pos_exp), 1, 1e-5) &&
                 close(sum[i], pos_sum, 10, 1e-5) && count[i] == positives;
-    std::vector<double> u(D);
+    const double odds = neg_sum / pos_exp, slope = positives ? 1 / (1 + 1 / odds) : 0;
+    want_loss += positives ? std::log1p(odds) : 0;
+    std::vector<double> u(D), loss_u(D);
     for (int64_t j = 0; j < N; ++j) {
       if (!role[j]) continue;
+      const double e = slope * std::exp(z[j]), loss_c = slope == 0 ? 0 : role[j] == 1 ? e / neg_sum : -e / pos_exp;
       const double c =
           role[j] == 1 ? g[i] * std::exp(z[j]) / neg_sum : g[B + i] * std::exp(z[j]) / pos_exp + g[2 * B + i];
       want_db[j] += c;
       for (int64_t d = 0; d < D; ++d) {
         u[d] += c * k.values[j * D + d];
         want_dk[j * D + d] += scale * c * q.values[i * D + d];
+        loss_u[d] += loss_c * k.values[j * D + d];
+        want_loss_dk[j * D + d] += scale * loss_c * q.values[i * D + d];
       }
     }
-    for (int64_t d = 0; d < D; ++d)
+    for (int64_t d = 0; d < D; ++d) {
       query_ok &= close(read(dquery.get(), type, i * D + d), scale * u[d], 1 + positives, loose);
+      loss_ok &= close(read(loss_dquery.get(), type, i * D + d), scale * loss_u[d], 1, loose);
+    }
   }
   bool keys_ok = true;
   for (int64_t j = 0; j < N; ++j) {
     keys_ok &= close(dbias[j], want_db[j], B, 2e-5);
-    for (int64_t d = 0; d < D; ++d)
+    for (int64_t d = 0; d < D; ++d) {
       keys_ok &= close(read(dkeys.get(), type, j * D + d), want_dk[j * D + d], 1 + B, loose);
+      loss_ok &= close(read(loss_dkeys.get(), type, j * D + d), want_loss_dk[j * D + d], 1 + B, loose);
+    }
   }
   expect(stats_ok, "softmax_stats", B, N, D, type);
   expect(query_ok, "softmax_query_grad", B, N, D, type);
   expect(keys_ok, "softmax_key_grad", B, N, D, type);
+  expect(loss_ok && close(loss, want_loss, B, 1e-5), "softmax_loss", B, N, D, type);
 }
 
 // Values are eighths, so that inner products are exact and ties abound: ids must match a stable sort exactly.
@@ -271,6 +286,7 @@ int main() {
         for (auto [B, N, D] : {std::tuple<int, int, int>{1, 1, 1}, {3, 31, 5}, {33, 70, 64}, {65, 300, 131}})
           softmax_case(type, B, N, D, kind, 2);
       softmax_case(type, 40, 5000, 17, 1, 2);
+      softmax_case(type, 700, 5000, 17, 2, 2);  // two passes, two parts of the keys
       softmax_case(type, 5000, 40, 17, 1, 2);
       for (auto [B, N, D, k] : {std::tuple<int, int, int, int>{1, 1, 1, 3},
                                 {5, 40, 7, 5},

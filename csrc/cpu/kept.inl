@@ -1,0 +1,78 @@
+// The key gradient from kept exponentials: dkey_j = sum_i c_ij query_i, c_ij = scale * g_i * exp(z_ij - lse_i).
+// Floor: 2*B*N*D operations at the FMA peak. Exponentials turn into coefficients in place; kept as packed rows, they
+// are one operand of the product as they lie, and the queries' columns, packed as lanes, are the other. Read twice:
+// the sums, once per pass over the queries; fetched ahead.
+
+namespace {
+
+// [strip of columns][query][L], columns past the last are zero.
+inline void pack_columns(const RowRange& r, float* panels) {
+  const int64_t dim = r.matrix.dim;
+  for (int64_t d = 0; d < dim; d += L) {
+    const int64_t n = smaller<int64_t>(dim - d, L);
+    if (n < L) std::memset(panels, 0, static_cast<size_t>(r.count * L) * sizeof(float));
+    for (int64_t i = 0; i < r.count; ++i, panels += L) to_floats(panels, r.matrix, r.row(i), d, n);
+  }
+}
+
+// terms: [lse][scale * g] of the queries, each up to a multiple of W.
+inline void coefficients_of_kept(const KeptItem& item, int64_t block, int n, const float* lse, const float* g,
+                                 float* exps) {
+  for (int64_t q = 0; q < item.query.count; q += W) {
+    const F shift = Simd::load(item.kept.shifts + block * item.kept.queries + q);
+    const F weight = Simd::mul(Simd::load(g + q), exp(Simd::sub(shift, Simd::load(lse + q))));
+    float* at = exps + q / CHUNK * NB * CHUNK + q % CHUNK;
+    for (int i = 0; i < n; ++i) Simd::store(at + i * CHUNK, Simd::mul(Simd::load(at + i * CHUNK), weight));
+  }
+  const auto set = [&](const int64_t* key, int64_t q, float value) {
+    const int64_t i = position_of(item.keys, key[q]) - block * NB;
+    if (i >= 0 && i < n) exps[(q / CHUNK * NB + i) * CHUNK + q % CHUNK] = value;
+  };
+  for (int64_t q = 0; q < item.query.count; ++q) {
+    set(item.positive, q, item.scale * item.g_pos[q]);
+    if (item.exclude) set(item.exclude, q, 0.0f);
+  }
+}
+
+// Adds R rows of sums to their keys' gradients, or puts them there; columns in one strip.
+template <int R>
+inline void add_tile(const F (&acc)[R][NV], float* out, int64_t dim, int64_t width, bool add) {
+  for (int r = 0; r < R; ++r, out += dim) {
+    __builtin_prefetch(out + L, 1);
+    if (width < L) {
+      float line[L];
+      for (int v = 0; v < NV; ++v) Simd::store(line + v * W, acc[r][v]);
+      for (int64_t d = 0; d < width; ++d) out[d] = add ? out[d] + line[d] : line[d];
+      continue;
+    }
+    for (int v = 0; v < NV; ++v)
+      Simd::store(out + v * W, add ? Simd::add(Simd::load(out + v * W), acc[r][v]) : acc[r][v]);
+  }
+}
+
+void kept_item(const KeptItem& item, Workspace& ws) {
+  const int64_t queries = item.query.count, dim = item.keys.matrix.dim, strips = (dim + L - 1) / L;
+  float* panels = ws.floats(kLanes, strips * queries * L);
+  float* lse = ws.floats(kMisc, 2 * item.kept.queries);
+  float* g = lse + item.kept.queries;
+  pack_columns(item.query, panels);
+  for (int64_t q = 0; q < item.kept.queries; ++q) {
+    lse[q] = q < queries ? item.neg_lse[q] : 0.0f;
+    g[q] = q < queries ? item.scale * item.g_neg[q] : 0.0f;
+  }
+  for (int64_t first = 0; first < item.keys.count; first += NB) {
+    const int n = static_cast<int>(smaller<int64_t>(item.keys.count - first, NB));
+    float* exps = item.kept.exps + first * item.kept.queries;
+    coefficients_of_kept(item, first / NB, n, lse, g, exps);
+    for (int64_t t = 0; t < strips; ++t)
+      for (int row = 0; row < n; row += MR)
+        with_count<MR>(smaller(n - row, MR), [&](auto rows) {
+          constexpr int R = decltype(rows)::value;
+          F acc[R][NV];
+          score_tile<Fp32, R>(exps, row, panels + t * queries * L, queries, acc);
+          add_tile<R>(acc, item.dkeys + item.keys.row(first + row) * dim + t * L, dim, dim - t * L, item.add);
+        });
+  }
+}
+
+}  // namespace
