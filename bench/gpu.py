@@ -78,7 +78,10 @@ def cases(tiny: bool) -> list[tuple[Case, tuple[str, ...]]]:
         (Case("backfill_curve", *((64, 800) if tiny else (1_000, 20_000)), 256), ("22 sorts",)),
     ]
     others = [
-        (Case(kind, b, n, dim, BF16, products=loss[kind]), ("compile", "chunked", "cut cross-entropy"))
+        (
+            Case(kind, b, n, dim, BF16, products=loss[kind]),
+            ("compile", "chunked", "cut cross-entropy", "Inf-CL"),
+        )
         for dim in DIMS
         for kind in ("frozen", "both")
     ]
@@ -106,6 +109,18 @@ def cut_cross_entropy(x: Inputs) -> Call:
     return step
 
 
+def inf_cl(x: Inputs) -> Call:
+    """Inf-CL's Triton kernels on one GPU: gradients of both sides, whether or not they are wanted."""
+    from inf_cl import cal_flash_loss
+
+    def step() -> tuple[torch.Tensor, ...]:
+        columns = min(x.query.shape[1], 256)
+        loss = cal_flash_loss(x.query, x.keys, x.positive, 1 / TEMPERATURE, columns).mean()
+        return loss.detach(), *torch.autograd.grad(loss, x.wanted)
+
+    return step
+
+
 def faiss_gpu(x: Inputs) -> Call:
     """Exact search of a flat faiss index on the GPU."""
     import faiss
@@ -119,7 +134,8 @@ def faiss_gpu(x: Inputs) -> Call:
 BASELINES["faiss-gpu"] = {"topk_ip": faiss_gpu}
 BASELINES["matmul+topk"] = {"topk_ip": matmul_topk}
 BASELINES["cut cross-entropy"] = dict.fromkeys(("frozen", "both"), cut_cross_entropy)
-NEEDED = {"faiss-gpu": "faiss", "cut cross-entropy": "cut_cross_entropy"}
+BASELINES["Inf-CL"] = dict.fromkeys(("frozen", "both"), inf_cl)
+NEEDED = {"faiss-gpu": "faiss", "cut cross-entropy": "cut_cross_entropy", "Inf-CL": "inf_cl"}
 
 
 # --- how it is measured ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 #   DEVICE=cpu bench/gpu.sh [FOLDER]   tries the script without a GPU: what needs one fails, the rest is tiny
 # Needs Python 3.11, torch, numpy, tqdm, typer, pytest, nvcc, cmake, ninja, pybind11, scikit-build-core; engine tests that
 # want more than is installed (hypothesis, scikit-learn) are left out, pytest-xdist is used where it is.
+# Baselines that no machine has by itself can be brought as wheels in build/wheels (cut-cross-entropy, inf_cl, faiss-gpu-cu12).
 # Every part has a time limit; one that fails is reported, and the next one runs. PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +15,7 @@ export PYTHONPATH=$site:$PWD/bench:$PWD/tests/cuda PYTHONUNBUFFERED=1
 pytest=("$python" -P -m pytest -q --tb=short -p no:cacheprovider)
 
 build() {
-  local missing
+  local missing wheel
   missing=$("$python" -c "from importlib.util import find_spec
 print(*[p for p in 'torch numpy tqdm typer pytest pybind11 scikit_build_core'.split() if not find_spec(p)])")
   [ -z "$missing" ] || echo "not installed: $missing"
@@ -24,6 +25,9 @@ print(*[p for p in 'torch numpy tqdm typer pytest pybind11 scikit_build_core'.sp
   [ "$device" = cpu ] && cuda=(-Ccmake.define.FASTCOMPAT_CUDA=OFF)
   CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) "$python" -m pip install -q --no-build-isolation --no-deps --no-index --upgrade \
     --target "$site" "${cuda[@]}" . && "$python" -P -c "import fastcompat; print(fastcompat.build_info())" || status=1
+  for wheel in build/wheels/*.whl; do
+    [ ! -e "$wheel" ] || "$python" -m pip install -q --no-deps --no-index --target "$site" "$wheel"
+  done
   wait "$kernels_alone" # a failure shows in device_tests
   return $status
 }
