@@ -135,7 +135,7 @@ struct PairProblem {
 constexpr code_t BAD_QUERY = nonfinite_code(0, false, 0), BAD_KEY = nonfinite_code(0, true, 0);
 
 // One warp per pair. An id past the keys gives NaN. Floor: two rows read per pair.
-// report: pair_kernel 48 registers; LDG.E.128*
+// report: pair_kernel 52 registers; LDG.E.128*
 __global__ void __launch_bounds__(THREADS) pair_kernel(const __grid_constant__ PairProblem p) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
   if (at >= p.segment.query.rows * max(p.n_targets, static_cast<int64_t>(1))) return;

@@ -39,9 +39,9 @@ void training(DType dtype, bool by_label) {
   cuda::softmax_key_grad(p, grads, anything, some<float>(), launch);
 }
 
-void search(DType dtype) {
+void search(DType dtype, int64_t queries) {
   constexpr int64_t kBest = 100;
-  const Segment s{{anything, dtype, 128, dim, dim}, {anything, dtype, kKeys, dim, dim}, nullptr, kKeys, 1.0f, 0.0f};
+  const Segment s{{anything, dtype, queries, dim, dim}, {anything, dtype, kKeys, dim, dim}, nullptr, kKeys, 1.0f, 0.0f};
   const cuda::Launch launch{0, nullptr, cuda::Precision::exact, nullptr, anything};
   cuda::topk({s}, kBest, Metric::cosine, {}, some<float>(), some<int64_t>(), launch);
   cuda::pair_scores(s, Metric::cosine, some<int64_t>(), kBest, some<float>(), launch);
@@ -64,6 +64,7 @@ int main(int, char** arguments) {
       dim = d;
       training(dtype, true);
       training(dtype, false);
-      search(dtype);
+      search(dtype, 128);
+      search(dtype, kQueries);
     }
 }

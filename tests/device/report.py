@@ -51,7 +51,7 @@ or HGMMA instructions in the code. *128 bits*: share of the loads and copies fro
 16 bytes wide; *tensor*: the tensor copy engine loads.
 
 """
-Launches = dict[str, dict[int, tuple[int, int]]]  # {mangled kernel: {D: (threads, bytes of shared memory)}}
+Launches = dict[str, dict[int, tuple[int, int]]]  # {kernel: {D: (threads, bytes of shared memory)}}
 
 
 def run(command: list[str], check: bool = True, input: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -134,11 +134,13 @@ def launches(program: pathlib.Path, arch: str) -> Launches:
     """What the engine launches with at each D; the largest where there are several."""
     _, block, units, _, _ = CHIPS[arch]
     capability = "90" if arch == "90a" else "80"  # which tier
+    lines = run([str(program), capability, str(block << 10), str(units)]).stdout.splitlines()
+    titles = demangle([line.split()[0] for line in lines])  # mangled, a tensor map's type is another here
     found: Launches = {}
-    for line in run([str(program), capability, str(block << 10), str(units)]).stdout.splitlines():
+    for line in lines:
         kernel, dim, threads, smem = line.split()
-        before = found.setdefault(kernel, {}).get(int(dim), (0, 0))
-        found[kernel][int(dim)] = max(before, (int(threads), int(smem)))
+        by_dim = found.setdefault(titles[kernel], {})
+        by_dim[int(dim)] = max(by_dim.get(int(dim), (0, 0)), (int(threads), int(smem)))
     return found
 
 
@@ -156,7 +158,7 @@ def demangle(names: list[str]) -> dict[str, str]:
     text = run(["c++filt"], input="\n".join(names)).stdout
     out = {}
     for name, full in zip(names, text.splitlines(), strict=True):
-        full = re.sub(r"^void ", "", full)
+        full = re.sub(r"^void ", "", full).replace("(anonymous namespace)::", "")
         full = re.sub(r"\(\w[\w:]*\)", "", full)  # casts of template arguments
         out[name] = re.sub(r"fastcompat::cuda::(sm\d+::)?(?=\w)", "", re.sub(r"\(.*\)$", "", full))
     return out
@@ -225,7 +227,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
 
     def several(values: Iterable[Any]) -> str:
         found = sorted(set(values))
-        return f"{found[0]}" if len(found) < 2 else f"{found[0]} to {found[-1]}" if found else ""
+        if len(found) < 2:
+            return "".join(map(str, found))
+        return f"{found[0]} to {found[-1]}"
 
     for tier in (PORTABLE, HOPPER):
         archs = ", ".join(tier)
@@ -273,7 +277,9 @@ def main() -> int:
     rows: dict[str, dict[str, Any]] = {}
     for (_, arch), kernels in compiled.items():
         for name, facts in kernels.items():
-            rows.setdefault(titles[name], {})[arch] = row_of(arch, facts, launched[arch].get(name, {}))
+            rows.setdefault(titles[name], {})[arch] = row_of(
+                arch, facts, launched[arch].get(titles[name], {})
+            )
     version = re.search(r"release \S+, (\S+)", run([find_tool("nvcc"), "--version"]).stdout)
     report = {"nvcc": version[1] if version else "", "kernels": dict(sorted(rows.items()))}
     args.json.parent.mkdir(parents=True, exist_ok=True)
