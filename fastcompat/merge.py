@@ -69,9 +69,10 @@ def merge_topk(
             at = item_of_slot[:, first : first + value.shape[1]]
             first += value.shape[1]
             total += torch.zeros_like(total).scatter_reduce_(1, at, value, "amax")
-        total = total.float()  # sums of the same places in another order are the same again
     else:
         total.scatter_reduce_(1, item_of_slot, torch.cat(values, 1), "amax", include_self=False)
+    if method != "score":
+        total = total.float()  # what ties by its formula ties again, whatever way the rounding went
     best = total.to(dtype).masked_fill(item_id == -1, -torch.inf)
     scores, place = best.sort(dim=1, descending=True, stable=True)
     missing = (0, max(0, k - scores.shape[1]))
