@@ -129,6 +129,10 @@ EMULATED __m512 _mm512_fmadd_ps(const __m512& a, const __m512& b, const __m512& 
 
 EMULATED __m512 _mm512_sqrt_ps(const __m512& a) { return {{_mm256_sqrt_ps(a.half[0]), _mm256_sqrt_ps(a.half[1])}}; }
 
+EMULATED __m512i _mm512_cvttps_epi32(const __m512& a) {
+  return {{_mm256_cvttps_epi32(a.half[0]), _mm256_cvttps_epi32(a.half[1])}};
+}
+
 EMULATED __m512i _mm512_slli_epi32(const __m512i& a, unsigned bits) {
   return {{_mm256_slli_epi32(a.half[0], bits), _mm256_slli_epi32(a.half[1], bits)}};
 }
