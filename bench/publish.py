@@ -65,9 +65,9 @@ def readme(run: dict[str, Any], link: str) -> Iterator[str]:
     body = []
     for name, against, side, which in ROWS:
         found = [cases.get((*which, dim)) for dim in DIMS]
-        body.append(
-            [name, against, *(times(case, side) if case and side in case["sides"] else "" for case in found)]
-        )
+        cells = [times(case, side) if case and side in case["sides"] else "" for case in found]
+        if any(cells):
+            body.append([name, against, *cells])
     yield from rows(["", "against", *(f"D={dim}" for dim in DIMS)], body)
 
 
