@@ -11,7 +11,13 @@ inline void pack_columns(const RowRange& r, float* panels) {
   for (int64_t d = 0; d < dim; d += L) {
     const int64_t n = smaller<int64_t>(dim - d, L);
     if (n < L) std::memset(panels, 0, static_cast<size_t>(r.count * L) * sizeof(float));
-    for (int64_t i = 0; i < r.count; ++i, panels += L) to_floats(panels, r.matrix, r.row(i), d, n);
+    for (int64_t i = 0; i < r.count; ++i, panels += L) {
+      const float* row = static_cast<const float*>(row_pointer(r.matrix, r.row(i))) + d;
+      if (n == L)
+        for (int v = 0; v < NV; ++v) Simd::store(panels + v * W, Simd::load(row + v * W));
+      else
+        std::memcpy(panels, row, static_cast<size_t>(n) * sizeof(float));
+    }
   }
 }
 

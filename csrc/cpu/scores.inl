@@ -46,13 +46,6 @@ inline double squared_norm(const float* row, int64_t dim) {
   return exact;
 }
 
-// A row as floats, in place where it is that already.
-inline const float* floats_of(const Matrix& m, int64_t row, float* line) {
-  if (m.dtype == DType::f32) return static_cast<const float*>(row_pointer(m, row));
-  to_floats(line, m, row, 0, m.dim);
-  return line;
-}
-
 inline float inverse_norm(double squared) {
   const double inverse = squared > 0 ? 1 / __builtin_sqrt(squared) : 0;
   return static_cast<float>(inverse < 3e38 ? inverse : 3e38);

@@ -179,15 +179,17 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
     }
   }
 
-  for (int t = 0; t < strips; ++t)
+  for (int t = 0; t < strips; ++t) {
+    const float* found = means ? unpack_lanes(means + t * padded(dim) * L, dim, ws) : nullptr;
     for (int lane = 0; lane < smaller<int64_t>(query.count - t * L, L); ++lane) {
       const int64_t row = query.row(t * L + lane);
       item.max[row] = states[t].max[lane];
       item.sum_exp[row] = states[t].sum_exp[lane];
       if (item.sum) item.sum[row] = states[t].sum[lane];
       if (means)
-        for (int64_t d = 0; d < dim; ++d) item.mean[row * dim + d] = means[(t * padded(dim) + d) * L + lane];
+        std::memcpy(item.mean + row * dim, found + lane * padded(dim), static_cast<size_t>(dim) * sizeof(float));
     }
+  }
 }
 
 // ---- gradient pass ----
@@ -274,7 +276,6 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
   float* z = ws.floats(kScores, NB * L);
   float* sums = ws.floats(kOut, strips * (padded(dim) + 1) * L);
   float* bias_sums = sums + strips * padded(dim) * L;
-  float* line = ws.floats(kMisc, dim);
   std::memset(sums, 0, static_cast<size_t>(strips * (padded(dim) + 1) * L) * sizeof(float));
   for (int t = 0; t < strips; ++t)
     pack_lanes<A>(lanes, t * L, static_cast<int>(smaller<int64_t>(lanes.count - t * L, L)), panels + t * words * L, ws);
@@ -304,16 +305,18 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
     }
   }
 
-  for (int t = 0; t < strips; ++t)
+  for (int t = 0; t < strips; ++t) {
+    const float* found = want_sums ? unpack_lanes(sums + t * padded(dim) * L, dim, ws) : nullptr;
     for (int lane = 0; lane < smaller<int64_t>(lanes.count - t * L, L); ++lane) {
       const int64_t row = lanes.row(t * L + lane);
       if (item.out_bias) item.out_bias[row] += bias_sums[t * L + lane];
       if (!want_sums) continue;
-      for (int64_t d = 0; d < dim; ++d) line[d] = sums[(t * padded(dim) + d) * L + lane];
+      const float* line = found + lane * padded(dim);
       if (item.out_scaled) store_row(item.out_scaled, lanes.matrix.dtype, row, line, dim, item.scale);
       if (item.out)
         for (int64_t d = 0; d < dim; ++d) item.out[row * dim + d] += line[d];
     }
+  }
 }
 
 }  // namespace

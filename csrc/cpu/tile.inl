@@ -92,6 +92,13 @@ inline void to_floats(float* out, const Matrix& m, int64_t row, int64_t from, in
   }
 }
 
+// A row as floats, in place where it is that already.
+inline const float* floats_of(const Matrix& m, int64_t row, float* line) {
+  if (m.dtype == DType::f32) return static_cast<const float*>(row_pointer(m, row));
+  to_floats(line, m, row, 0, m.dim);
+  return line;
+}
+
 void load_row(float* out, const Matrix& m, int64_t row) { to_floats(out, m, row, 0, m.dim); }
 
 void store_row(void* out, DType dtype, int64_t row, const float* in, int64_t dim, float factor) {
@@ -111,22 +118,51 @@ void store_row(void* out, DType dtype, int64_t row, const float* in, int64_t dim
 
 // ---- packing ----
 
+// The words of a row: where they lie, or in `line`.
+template <class A>
+inline const float* words_of_row(const Matrix& m, int64_t row, float* line) {
+  if constexpr (A::PACK == 1) {
+    return floats_of(m, row, line);
+  } else {
+    std::memset(line + m.dim / 2, 0, static_cast<size_t>(words_of<A>(m.dim) - m.dim / 2) * sizeof(float));
+    std::memcpy(line, row_pointer(m, row), static_cast<size_t>(m.dim) * 2);
+    return line;
+  }
+}
+
 // [words][L], lanes past n are zero.
 template <class A>
 void pack_lanes(const RowRange& r, int64_t first, int n, float* panel, Workspace& ws) {
-  const int64_t dim = r.matrix.dim, words = words_of<A>(dim);
-  float* line = ws.floats(kConvert, words);
-  if (n < L) std::memset(panel, 0, static_cast<size_t>(words * L) * sizeof(float));
-  for (int lane = 0; lane < n; ++lane) {
-    const int64_t row = r.row(first + lane);
-    if (A::PACK == 1) {
-      to_floats(line, r.matrix, row, 0, dim);
-    } else {
-      std::memset(line + dim / 2, 0, static_cast<size_t>(words - dim / 2) * sizeof(float));
-      std::memcpy(line, row_pointer(r.matrix, row), static_cast<size_t>(dim) * 2);
+  const int64_t words = words_of<A>(r.matrix.dim);
+  float* lines = ws.floats(kConvert, (W + 1) * words);
+  float* zeros = lines + W * words;
+  std::memset(zeros, 0, static_cast<size_t>(words) * sizeof(float));
+  for (int v = 0; v < NV; ++v) {
+    const float* rows[W];
+    for (int i = 0, lane = v * W; i < W; ++i, ++lane)
+      rows[i] = lane < n ? words_of_row<A>(r.matrix, r.row(first + lane), lines + i * words) : zeros;
+    for (int64_t w = 0; w < words; w += W) {
+      const int width = static_cast<int>(smaller<int64_t>(W, words - w));
+      F column[W];
+      Simd::columns(rows, w, width, column);
+      for (int j = 0; j < width; ++j) Simd::store(panel + (w + j) * L + v * W, column[j]);
     }
-    for (int64_t w = 0; w < words; ++w) std::memcpy(panel + w * L + lane, line + w, sizeof(float));
   }
+}
+
+// Sums [padded(dim)][L] -> a row of padded(dim) numbers for every lane.
+inline const float* unpack_lanes(const float* sums, int64_t dim, Workspace& ws) {
+  float* rows = ws.floats(kLine, L * padded(dim));
+  for (int64_t d = 0; d < dim; d += W) {
+    const float* lines[W];
+    for (int i = 0; i < W; ++i) lines[i] = sums + (d + i) * L;
+    for (int v = 0; v < NV; ++v) {
+      F column[W];
+      Simd::columns(lines, v * W, W, column);
+      for (int j = 0; j < W; ++j) Simd::store(rows + (v * W + j) * padded(dim) + d, column[j]);
+    }
+  }
+  return rows;
 }
 
 // [chunk][NB][64]; words past the last of a row are never read.

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine.truth import EPSILON, Problem, check, labels
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcompat import _autograd, _ops
+from fastcompat import _autograd
 from fastcompat import functional as fc
 
 SIZES = [(1, 1, 1), (1, 33, 3), (31, 2, 8), (130, 31, 64), (65, 200, 37)]
@@ -165,6 +166,28 @@ def test_half_precision_stays_in_range_when_the_loss_is_scaled():
 def test_opcheck(flags):
     p = problem(5, 9, 8, torch.float32, "labels and index")
     torch.library.opcheck(
-        _ops.softmax_loss,
+        torch.ops.fastcompat.softmax_loss.default,
         (p.query.detach(), p.keys.detach(), 0.5, torch.tensor(2.0), *list(vars(p).values())[3:], *flags),
     )
+
+
+class Names(TorchDispatchMode):
+    """Operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.called.add(str(function))
+        return function(*arguments, **(options or {}))
+
+
+def test_who_listens_to_the_dispatcher_sees_the_operator():
+    *_, loss_of = small()
+    with Names() as names:
+        loss_of().backward()
+    assert "fastcompat.softmax_loss.default" in names.called
+    with torch.profiler.profile() as profile:
+        loss_of()
+    assert any("fastcompat::softmax_loss" in event.key for event in profile.key_averages())
