@@ -56,23 +56,33 @@ struct TopkState {
   }
 };
 
-// Candidates of one segment whose scores are lower bounds but for the first `exact[q]`; a candidate's score is at most
+// Candidates whose scores are lower bounds, but for those before the first segment's; a candidate's score is at most
 // `spread[q]` above its bound.
 struct Bounded {
   TopkState& state;
-  const SearchSegment& s;
   Workspace& ws;
-  int64_t* exact;  // [n_queries]
-  float* spread;   // [n_queries]
+  int64_t* starts;  // [n_segments, n_queries] where each segment's candidates start
+  float* spread;    // [n_queries]
+  int current = 0;  // segment
 
-  Bounded(TopkState& state, const SearchSegment& s, Workspace& ws) : state(state), s(s), ws(ws) {
-    const TopkItem& item = state.item;
-    exact = reinterpret_cast<int64_t*>(ws.floats(kState, 3 * item.n_queries));
-    spread = reinterpret_cast<float*>(exact + item.n_queries);
-    for (int64_t q = 0; q < item.n_queries; ++q) {
-      exact[q] = item.found[q];
-      spread[q] = 0;
-    }
+  Bounded(TopkState& state, Workspace& ws) : state(state), ws(ws) {
+    const int64_t queries = state.item.n_queries, segments = state.item.n_segments;
+    starts = reinterpret_cast<int64_t*>(ws.floats(kStarts, (2 * segments + 1) * queries));
+    spread = reinterpret_cast<float*>(starts + segments * queries);
+    for (int64_t q = 0; q < queries; ++q) spread[q] = 0;
+  }
+
+  int64_t& start(int segment, int64_t q) const { return starts[segment * state.item.n_queries + q]; }
+
+  void enter(int segment) {
+    current = segment;
+    for (int64_t q = 0; q < state.item.n_queries; ++q) start(segment, q) = state.item.found[q];
+  }
+
+  // From now on all of the query's candidates count as exact.
+  void mark_exact(int64_t q) {
+    for (int i = 0; i <= current; ++i) start(i, q) = state.item.found[q];
+    spread[q] = 0;
   }
 
   void offer(int64_t q, float low, float high, int32_t id) {
@@ -93,57 +103,75 @@ struct Bounded {
     const int64_t n = item.found[q];
     const float kth = kth_best(scores, n, item.k).bar;
     const float limit = just_below(static_cast<float>(kth - spread[q] * (1 + 0x1p-20)));
-    int64_t kept = 0, kept_exact = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      scores[kept] = scores[i];
-      ids[kept] = ids[i];
-      kept += !(scores[i] < limit);
-      if (i + 1 == exact[q]) kept_exact = kept;
+    int64_t kept = 0, i = 0;
+    const auto keep_until = [&](int64_t end) {
+      for (; i < end; ++i) {
+        scores[kept] = scores[i];
+        ids[kept] = ids[i];
+        kept += !(scores[i] < limit);
+      }
+    };
+    for (int segment = 0; segment <= current; ++segment) {
+      keep_until(start(segment, q));
+      start(segment, q) = kept;
     }
+    keep_until(n);
     item.found[q] = kept;
-    exact[q] = kept_exact;
     state.raise(q, kth);
   }
 
   // The rows of the next candidates: they lie anywhere in memory.
-  inline __attribute__((always_inline)) void fetch(const int32_t* ids, int64_t n) const {
-    for (int64_t i = 0; i < smaller<int64_t>(n, W); ++i) prefetch_row(s.keys, ids[i]);
+  static inline __attribute__((always_inline)) void fetch(const Matrix& keys, const int32_t* ids, int64_t n) {
+    for (int64_t i = 0; i < smaller<int64_t>(n, W); ++i) prefetch_row(keys, ids[i]);
+  }
+
+  // Scores candidates from .. to of a segment exactly.
+  void score(const SearchSegment& s, int64_t q, int64_t from, int64_t to) {
+    if (from == to) return;
+    const TopkItem& item = state.item;
+    const int64_t query = item.first_query + q;
+    float* scores = item.scores + state.at(q);
+    const int32_t* ids = item.ids + state.at(q);
+    float* line = ws.floats(kLine, s.query.dim);
+    const float* x = floats_of(s.query, query, line);
+    const Terms terms = query_terms(item.metric, s.query_factor[query]);
+    for (int64_t i = from; i < to; i += W) {
+      const int n = static_cast<int>(smaller<int64_t>(W, to - i));
+      float out[W];
+      fetch(s.keys, ids + i + W, to - i - W);
+      exact_scores(s, item.metric, x, terms, ids + i, n, out, ws);
+      std::memcpy(scores + i, out, static_cast<size_t>(n) * sizeof(float));
+    }
   }
 
   // Scores every candidate exactly and keeps the best k.
   void settle(int64_t q) {
     const TopkItem& item = state.item;
-    const int64_t query = item.first_query + q;
-    float* scores = item.scores + state.at(q);
-    int32_t* ids = item.ids + state.at(q);
-    if (exact[q] < item.found[q]) {
-      float* line = ws.floats(kLine, s.query.dim);
-      const float* x = floats_of(s.query, query, line);
-      const Terms terms = query_terms(item.metric, s.query_factor[query]);
-      for (int64_t i = exact[q]; i < item.found[q]; i += W) {
-        const int n = static_cast<int>(smaller<int64_t>(W, item.found[q] - i));
-        float out[W];
-        fetch(ids + i + W, item.found[q] - i - W);
-        exact_scores(s, item.metric, x, terms, ids + i, n, out, ws);
-        std::memcpy(scores + i, out, static_cast<size_t>(n) * sizeof(float));
-      }
-    }
+    for (int i = 0; i < current; ++i) score(item.segments[i], q, start(i, q), start(i + 1, q));
+    score(item.segments[current], q, start(current, q), item.found[q]);
     if (item.found[q] > item.k) state.tighten(q);
-    exact[q] = item.found[q];
-    spread[q] = 0;
+    mark_exact(q);
+  }
+
+  void settle_all() {
+    for (int64_t q = 0; q < state.item.n_queries; ++q) {
+      const int64_t n = state.item.found[q];
+      if (n > state.item.k && n > start(0, q)) squeeze(q);
+      settle(q);
+    }
   }
 };
 
 // Screens the blocks of one segment for all queries of an item.
 struct Screening {
+  Bounded& candidates;
   TopkState& state;
   const SearchSegment& s;
   SegmentTerms segment;
-  Bounded candidates;
   Passed passed;
 
-  Screening(TopkState& state, const SearchSegment& s, Workspace& ws)
-      : state(state), s(s), segment(s, state.item.metric), candidates(state, s, ws) {}
+  Screening(Bounded& candidates, const SearchSegment& s)
+      : candidates(candidates), state(candidates.state), s(s), segment(s, state.item.metric) {}
 
   // Products [n][L] of keys from position `first` on and strip t.
   template <bool UNITS>
@@ -158,13 +186,6 @@ struct Screening {
         if (t * L + lane < state.item.n_queries && !(passed.high[i] <= threshold[lane]))  // it may have risen since
           candidates.offer(t * L + lane, passed.low[i], passed.high[i], id_at(s, first + passed.row[i]));
       }
-    }
-  }
-
-  void finish() {
-    for (int64_t q = 0; q < state.item.n_queries; ++q) {
-      if (state.item.found[q] > state.item.k) candidates.squeeze(q);
-      candidates.settle(q);
     }
   }
 };

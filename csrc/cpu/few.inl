@@ -28,7 +28,7 @@ inline void multiply_row(const float* row, int64_t dim, const float* queries, in
   }
 }
 
-void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, TopkState& state,
+void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
                 int64_t* bad, Workspace& ws) {
   const int64_t dim = s.query.dim, stride = padded(dim);
   const int n_queries = static_cast<int>(item.n_queries);
@@ -45,7 +45,7 @@ void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int
     const double length = __builtin_sqrt(squared_norm(queries + q * stride, dim));
     strips[q / L].set(q % L, dim, length, 0, 1, query_terms(item.metric, s.query_factor[row]));
   }
-  Screening screening(state, s, ws);
+  Screening screening(candidates, s);
   const RowRange keys{s.keys, s.rows, 0, s.count};
   for (int64_t first = begin; first < end; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
@@ -68,7 +68,6 @@ void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int
       screening.block<false>(bounds, products, first, n, strips[t], t);
     }
   }
-  screening.finish();
 }
 
 }  // namespace

@@ -120,14 +120,14 @@ struct RoundedQueries {
   const float* panel(int t) const { return panels + t * words * L; }
 };
 
-void screen_rounded(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, TopkState& state,
+void screen_rounded(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
                     int64_t* bad, Workspace& ws) {
   [[maybe_unused]] const Screen::Scope scope;
   const RoundedQueries queries(s, item.metric, item.first_query, item.n_queries, ws);
   const int64_t block_floats = RoundedBlock::floats(queries.words);
   float* packed = s.packed ? s.packed + begin / NB * block_floats : ws.floats(kRows, block_floats);
   float* products = ws.floats(kScores, NB * L);
-  Screening screening(state, s, ws);
+  Screening screening(candidates, s);
   const RowRange keys{s.keys, s.rows, 0, s.count};
   const int64_t row_floats = RoundedBlock::row_floats(queries.words);
   const RowRange kept{{s.packed, DType::f32, s.count, row_floats, row_floats}, nullptr, 0, s.count};
@@ -141,7 +141,6 @@ void screen_rounded(const TopkItem& item, const SearchSegment& s, int64_t begin,
       screening.block<Rounding::kUnits>(block.bounds, products, first, n, queries.bounds[t], t);
     }
   }
-  screening.finish();
 }
 
 }  // namespace

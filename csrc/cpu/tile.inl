@@ -39,7 +39,21 @@ struct Bf16 {
 };
 #endif
 
-enum Slot { kLanes, kRows, kRowPairs, kScores, kOut, kState, kConvert, kMisc, kLine, kNorms, kScreen, kFetched };
+enum Slot {
+  kLanes,
+  kRows,
+  kRowPairs,
+  kScores,
+  kOut,
+  kState,
+  kConvert,
+  kMisc,
+  kLine,
+  kNorms,
+  kScreen,
+  kFetched,
+  kStarts
+};
 
 template <int N>
 struct Int {

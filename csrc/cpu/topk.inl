@@ -81,16 +81,18 @@ void pack_item([[maybe_unused]] const PackItem& item, [[maybe_unused]] Workspace
 }
 
 // The scores of a segment by the quickest way that is exact.
-void search_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, TopkState& state,
+void search_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
                     int64_t* bad, Workspace& ws) {
   with_search_arithmetic(s.keys, [&](auto a) {
     if (decltype(a)::PACK == 1 && screening_pays(item, s, end - begin)) {
-      if (item.n_queries <= kFew && !s.packed) return screen_few(item, s, begin, end, state, bad, ws);
+      if (item.n_queries <= kFew && !s.packed) return screen_few(item, s, begin, end, candidates, bad, ws);
 #ifdef FASTCOMPAT_SCREEN
-      return screen_rounded(item, s, begin, end, state, bad, ws);
+      return screen_rounded(item, s, begin, end, candidates, bad, ws);
 #endif
     }
-    score_segment<decltype(a)>(item, s, begin, end, state, bad, ws);
+    candidates.settle_all();
+    score_segment<decltype(a)>(item, s, begin, end, candidates.state, bad, ws);
+    for (int64_t q = 0; q < item.n_queries; ++q) candidates.mark_exact(q);
   });
 }
 
@@ -100,10 +102,12 @@ void topk_item(const TopkItem& item, Workspace& ws) {
   for (int64_t q = 0; q < lanes; ++q) threshold[q] = q < item.n_queries && item.k ? -kInf : kInf;
   for (int64_t q = 0; q < item.n_queries; ++q) item.found[q] = 0;
   TopkState state{item, threshold, true};
+  Bounded candidates(state, ws);
   int64_t start = 0;
   bool first_touched = true;
   for (int i = 0; i < item.n_segments; ++i) {
     const SearchSegment& s = item.segments[i];
+    candidates.enter(i);
     // Whole blocks: those that begin among the item's positions.
     const auto block_at = [&](int64_t position) {
       return position <= start ? 0 : (position - start + NB - 1) / NB * NB;
@@ -116,10 +120,9 @@ void topk_item(const TopkItem& item, Workspace& ws) {
       for (int64_t q = 0; q < item.n_queries; ++q) threshold[q] = just_below(threshold[q]);
     }
     first_touched = false;
-    search_segment(item, s, begin, end, state, item.bad + i, ws);
+    search_segment(item, s, begin, end, candidates, item.bad + i, ws);
   }
-  for (int64_t q = 0; q < item.n_queries; ++q)
-    if (item.found[q] > item.k) state.tighten(q);
+  if (item.n_segments > 0) candidates.settle_all();
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastcompat as fc
 from fastcompat import _search
+from fastcompat.reference import Segment
 
 METRICS = ("cosine", "ip", "l2")
 DIMS = (1, 31, 128, 257)
@@ -224,3 +225,18 @@ def test_a_mixed_gallery_of_near_ties(metric: str, sizes: tuple[float, float]) -
         queries[0], sides[0], queries[1], sides[1], backfilled, 100, metric=metric, scale=(0.5, 2.0)
     )
     assert torch.equal(ids, order[:, :100]) and torch.equal(scores, expected[:, :100])
+
+
+@pytest.mark.parametrize("count", (5, 20))
+@pytest.mark.parametrize("sizes", ((500, 40, 700), (40, 500, 700), (500, 700, 40), (500, 300, 400, 40)))
+def test_segments_of_one_gallery_whether_screened_or_too_short_for_it(
+    sizes: tuple[int, ...], count: int
+) -> None:
+    keys = copies(sum(sizes), 31)
+    query = queries("near", count, keys)
+    rows = [part.sort().values for part in torch.randperm(len(keys)).split(sizes)]
+    for metric in METRICS:
+        expected, order = all_scores(query, keys, metric).sort(dim=1, descending=True, stable=True)
+        segments = [Segment(query, keys, part) for part in rows]
+        scores, ids = _search.topk(segments, 12, metric, native=True, names=(("query", "keys"),) * len(sizes))
+        assert torch.equal(ids, order[:, :12]) and torch.equal(scores, expected[:, :12])
