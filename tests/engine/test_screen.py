@@ -229,14 +229,18 @@ def test_a_mixed_gallery_of_near_ties(metric: str, sizes: tuple[float, float]) -
 
 @pytest.mark.parametrize("count", (5, 20))
 @pytest.mark.parametrize("sizes", ((500, 40, 700), (40, 500, 700), (500, 700, 40), (500, 300, 400, 40)))
-def test_segments_of_one_gallery_whether_screened_or_too_short_for_it(
+def test_segments_of_their_own_vectors_whether_screened_or_too_short_for_it(
     sizes: tuple[int, ...], count: int
 ) -> None:
-    keys = copies(sum(sizes), 31)
-    query = queries("near", count, keys)
-    rows = [part.sort().values for part in torch.randperm(len(keys)).split(sizes)]
+    items = sum(sizes)
+    galleries = [copies(items, 31) for _ in sizes]
+    queries = [torch.randn(count, 31) for _ in sizes]
+    rows = [part.sort().values for part in torch.randperm(items).split(sizes)]
+    segments = [Segment(q, keys, part) for q, keys, part in zip(queries, galleries, rows, strict=True)]
     for metric in METRICS:
-        expected, order = all_scores(query, keys, metric).sort(dim=1, descending=True, stable=True)
-        segments = [Segment(query, keys, part) for part in rows]
+        table = torch.empty(count, items)
+        for q, keys, part in zip(queries, galleries, rows, strict=True):
+            table[:, part] = all_scores(q, keys, metric)[:, part]
+        expected, order = table.sort(dim=1, descending=True, stable=True)
         scores, ids = _search.topk(segments, 12, metric, native=True, names=(("query", "keys"),) * len(sizes))
         assert torch.equal(ids, order[:, :12]) and torch.equal(scores, expected[:, :12])
