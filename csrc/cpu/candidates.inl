@@ -168,7 +168,6 @@ struct Screening {
   TopkState& state;
   const SearchSegment& s;
   SegmentTerms segment;
-  Passed passed;
 
   Screening(Bounded& candidates, const SearchSegment& s)
       : candidates(candidates), state(candidates.state), s(s), segment(s, state.item.metric) {}
@@ -177,16 +176,11 @@ struct Screening {
   template <bool UNITS>
   void block(const KeyBounds& keys, const float* products, int64_t first, int n, const QueryBounds& queries, int t) {
     state.refresh(t);
-    float* threshold = state.threshold + t * L;
-    for (int from = 0; from < n; from += Passed::kRows) {
-      const int to = smaller(from + Passed::kRows, n);
-      screen_rows<UNITS>(keys, products, from, to, queries, segment, threshold, passed);
-      for (int i = 0; i < passed.count; ++i) {
-        const int lane = passed.lane[i];
-        if (t * L + lane < state.item.n_queries && !(passed.high[i] <= threshold[lane]))  // it may have risen since
-          candidates.offer(t * L + lane, passed.low[i], passed.high[i], id_at(s, first + passed.row[i]));
-      }
-    }
+    const float* threshold = state.threshold + t * L;
+    screen_block<UNITS>(keys, products, n, queries, segment, threshold, [&](int row, int lane, float low, float high) {
+      if (t * L + lane < state.item.n_queries && !(high <= threshold[lane]))  // it may have risen since
+        candidates.offer(t * L + lane, low, high, id_at(s, first + row));
+    });
   }
 };
 

@@ -68,43 +68,54 @@ struct QueryBounds {
   }
 };
 
-// Pairs whose score may be above their threshold, with bounds of it.
-struct Passed {
-  static constexpr int kRows = 16;  // rows that are screened at a time
-  int count;
-  int32_t lane[kRows * L + W], row[kRows * L + W];
-  float low[kRows * L + W], high[kRows * L + W];
-};
-
-// Rows from .. to of a block against a strip. UNITS: the products count the queries' units.
-template <bool UNITS>
-inline void screen_rows(const KeyBounds& keys, const float* products, int from, int to, const QueryBounds& queries,
-                        const SegmentTerms& segment, const float* threshold, Passed& out) {
-  F norm[NV], slack[NV], unit[NV], bar[NV], multiply[NV], add[NV];
+// Calls offer(row, lane, low, high) for every pair of a strip with the n rows of a block that may score above the
+// lane's threshold, with bounds of its score. UNITS: the products [n][L] count the queries' units.
+template <bool UNITS, class Offer>
+inline void screen_block(const KeyBounds& keys, const float* products, int n, const QueryBounds& queries,
+                         const SegmentTerms& segment, const float* threshold, Offer&& offer) {
+  F norm[NV], slack[NV], unit[NV], multiply[NV], add[NV];
   for (int v = 0; v < NV; ++v) {
     norm[v] = Simd::load(queries.norm + v * W);
     slack[v] = Simd::load(queries.slack + v * W);
     unit[v] = Simd::load(queries.unit + v * W);
     multiply[v] = Simd::load(queries.terms.multiply + v * W);
     add[v] = Simd::load(queries.terms.add + v * W);
-    bar[v] = Simd::load(threshold + v * W);
   }
-  out.count = 0;
-  for (int i = from; i < to; ++i) {
-    const F a = Simd::set1(keys.multiply[i]), b = Simd::set1(keys.norm[i]), c = Simd::set1(keys.slack[i]);
+  const auto blur = [&](int i, int v) {
+    return Simd::fma(slack[v], Simd::set1(keys.norm[i]), Simd::mul(norm[v], Simd::set1(keys.slack[i])));
+  };
+  const auto bound = [&](int i, int v, F constant) {
+    const F product = Simd::load(products + i * L + v * W), dot = UNITS ? Simd::mul(product, unit[v]) : product;
+    return last_steps(Simd::fma(dot, Simd::set1(keys.multiply[i]), constant), multiply[v], add[v], segment);
+  };
+  const auto highest = [&](int i, int v) { return bound(i, v, Simd::add(blur(i, v), Simd::set1(keys.high[i]))); };
+  const auto lowest = [&](int i, int v) {
+    return Simd::max(bound(i, v, Simd::sub(Simd::set1(keys.low[i]), blur(i, v))), Simd::set1(-kInf));  // of NaN: -inf
+  };
+  constexpr int kRows = 16;  // between two looks at the thresholds
+  for (int from = 0; from < n; from += kRows) {
+    const int to = smaller(from + kRows, n);
+    F bar[NV];
+    for (int v = 0; v < NV; ++v) bar[v] = Simd::load(threshold + v * W);
+    uint32_t passes[kRows];
+    for (int i = from; i < to; ++i) {
+      uint32_t some = 0;
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
-      const F product = Simd::load(products + i * L + v * W), dot = UNITS ? Simd::mul(product, unit[v]) : product;
-      const F blur = Simd::fma(slack[v], b, Simd::mul(norm[v], c));
-      const F inner = Simd::fma(dot, a, Simd::add(blur, Simd::set1(keys.high[i])));
-      const F high = last_steps(inner, multiply[v], add[v], segment);
-      const M passes = Simd::not_le(high, bar[v]);  // NaN passes
-      if (__builtin_expect(Simd::bits(passes) == 0, 1)) continue;
-      const F least = Simd::fma(dot, a, Simd::sub(Simd::set1(keys.low[i]), blur));
-      const F low = Simd::max(last_steps(least, multiply[v], add[v], segment), Simd::set1(-kInf));  // of NaN: -inf
-      Simd::store(out.row + out.count, Simd::set1(int32_t{i}));
-      Simd::append(passes, low, v * W, out.low + out.count, out.lane + out.count);
-      out.count += Simd::append(passes, high, v * W, out.high + out.count, out.lane + out.count);
+      for (int v = 0; v < NV; ++v) some |= Simd::bits(Simd::not_le(highest(i, v), bar[v])) << (v * W);  // NaN passes
+      passes[i - from] = some;
+    }
+    for (int i = from; i < to; ++i) {
+      uint32_t some = passes[i - from];
+      if (__builtin_expect(some == 0, 1)) continue;
+      float low[L], high[L];
+      for (int v = 0; v < NV; ++v) {
+        Simd::store(low + v * W, lowest(i, v));
+        Simd::store(high + v * W, highest(i, v));
+      }
+      for (; some; some &= some - 1) {
+        const int lane = __builtin_ctz(some);
+        offer(i, lane, low[lane], high[lane]);
+      }
     }
   }
 }
