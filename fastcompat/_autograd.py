@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _ops
-from .reference import SoftmaxStats
+from .reference import SoftmaxProblem, SoftmaxStats
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
@@ -118,9 +118,10 @@ def _wants_grad(value: float | Tensor | None) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _arguments(query: Tensor, keys: Tensor, scale: float | Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
+def _arguments(problem: SoftmaxProblem) -> tuple[Any, ...]:
     """The nine arguments that describe a softmax problem, as the operators take them."""
     _checks.no_transforms()
+    query, keys, scale, *rest = problem
     factor, scale_tensor = (1.0, scale.float()) if isinstance(scale, Tensor) else (scale, None)
     arguments = (query, keys, factor, scale_tensor, *rest)
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
@@ -129,50 +130,30 @@ def _arguments(query: Tensor, keys: Tensor, scale: float | Tensor, *rest: Tensor
     return arguments
 
 
-def softmax_stats(
-    query: Tensor,
-    keys: Tensor,
-    scale: float | Tensor,
-    bias: Tensor | None,
-    query_labels: Tensor | None,
-    key_labels: Tensor | None,
-    positive: Tensor | None,
-    exclude: Tensor | None,
-) -> SoftmaxStats:
+def softmax_stats(problem: SoftmaxProblem) -> SoftmaxStats:
     """The native statistics, differentiable once in query, keys, scale and bias."""
-    arguments = _arguments(query, keys, scale, bias, query_labels, key_labels, positive, exclude)
-    want_mean = query.requires_grad or _wants_grad(scale)
-    if torch.is_grad_enabled() and (want_mean or keys.requires_grad or _wants_grad(bias)):
+    arguments = _arguments(problem)
+    want_mean = problem.query.requires_grad or _wants_grad(problem.scale)
+    if torch.is_grad_enabled() and (want_mean or problem.keys.requires_grad or _wants_grad(problem.bias)):
         return SoftmaxStats(*_SoftmaxStats.apply(*arguments, want_mean))  # type: ignore[no-untyped-call]
     return SoftmaxStats(*_ops.softmax_stats(*arguments, False)[:4])
 
 
-def fuses(query: Tensor, scale: float | Tensor, bias: Tensor | None) -> bool:
+def fuses(problem: SoftmaxProblem) -> bool:
     """Whether `softmax_loss` covers this: float16 needs the number that arrives early, to stay in range."""
     return (
-        query.device.type == "cpu"
-        and query.dtype != torch.float16
-        and not (_wants_grad(scale) or _wants_grad(bias))
+        problem.query.device.type == "cpu"
+        and problem.query.dtype != torch.float16
+        and not (_wants_grad(problem.scale) or _wants_grad(problem.bias))
     )
 
 
-def softmax_loss(
-    query: Tensor,
-    keys: Tensor,
-    scale: float | Tensor,
-    bias: Tensor | None,
-    query_labels: Tensor | None,
-    key_labels: Tensor | None,
-    positive: Tensor | None,
-    exclude: Tensor | None,
-    mean: bool,
-) -> Tensor:
+def softmax_loss(problem: SoftmaxProblem, mean: bool) -> Tensor:
     """`log(1 + exp(neg_lse - pos_lse))`, mean or sum over the rows with positives; differentiable once."""
-    arguments = _arguments(query, keys, scale, bias, query_labels, key_labels, positive, exclude)
-    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
-        query, keys, *rest = arguments
-        wanted = (query.requires_grad, keys.requires_grad)
+    query, keys, *rest = _arguments(problem)
+    wanted = (query.requires_grad, keys.requires_grad)
+    if torch.is_grad_enabled() and any(wanted):
         loss: Tensor = _SoftmaxLoss.apply(query, keys, (*rest, mean, *wanted))  # type: ignore[no-untyped-call]
     else:
-        loss = _ops.softmax_loss(*arguments, mean, False, False)[0]
+        loss = _ops.softmax_loss(query, keys, *rest, mean, False, False)[0]
     return loss

@@ -10,7 +10,7 @@ from . import _checks, _search, reference
 from . import _loss_parts as parts
 from .functional import Array
 from .functional.engine import row_stats
-from .reference import Segment
+from .reference import Segment, SoftmaxProblem
 
 _ROWS = 4096  # at a time
 
@@ -84,7 +84,7 @@ def _uncertainty(query: Tensor, keys: Tensor, kind: str, scale: float | Tensor, 
     best, ids = _search.topk([Segment(query, keys)], 2, "ip", native=native)
     with torch.enable_grad():
         query.requires_grad_(kind == "entropy")
-        neg, pos, *_ = row_stats(native, query, keys, scale, None, None, None, ids[:, 0], None)
+        neg, pos, *_ = row_stats(native, SoftmaxProblem(query, keys, scale, positive=ids[:, 0]))
         mean = torch.autograd.grad(neg.sum(), query)[0] if kind == "entropy" else query  # [B, D]
     rest = torch.sigmoid(neg - pos)  # 1 - p(1)
     if kind == "least_confidence":

@@ -16,6 +16,19 @@ from torch import Tensor
 from . import _checks
 
 
+class SoftmaxProblem(NamedTuple):
+    """What the softmax statistics are of: the arguments of `softmax_stats`."""
+
+    query: Tensor
+    keys: Tensor
+    scale: float | Tensor = 1.0
+    bias: Tensor | None = None
+    query_labels: Tensor | None = None
+    key_labels: Tensor | None = None
+    positive: Tensor | None = None
+    exclude: Tensor | None = None
+
+
 class SoftmaxStats(NamedTuple):
     """Row statistics of the logits: float32 [B] (float64 for float64 inputs), the count int64 [B]."""
 

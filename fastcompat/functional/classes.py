@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .. import _loss_parts as parts
+from ..reference import SoftmaxProblem
 from .engine import contrastive, row_stats
 
 
@@ -64,8 +65,8 @@ def bct_loss(
     known = (labels >= 0) & (labels < weight.shape[0])
     target = torch.where(known, labels, -1)
     native = _checks.takes_native(backend, features)
-    sets = (None, None, target, None)
-    return contrastive(native, features, weight, scale, bias, *sets, "sum_in_log", reduction)
+    problem = SoftmaxProblem(features, weight, scale, bias, positive=target)
+    return contrastive(native, problem, "sum_in_log", reduction)
 
 
 def prototype_loss(
@@ -124,10 +125,10 @@ def prototype_loss(
     columns = (perturbed if perturb_negatives else prototypes).detach()
     query, keys = parts.matched(features, columns, normalize)
     native = _checks.takes_native(backend, query)
-    sets = (None, None, target, None)
+    problem = SoftmaxProblem(query, keys, scale, positive=target)
     if perturbed is prototypes or perturb_negatives:
-        return contrastive(native, query, keys, scale, None, *sets, "sum_in_log", reduction)
-    neg = row_stats(native, query, keys, scale, None, *sets).neg_lse
+        return contrastive(native, problem, "sum_in_log", reduction)
+    neg = row_stats(native, problem).neg_lse
     pos = scale * parts.paired_products(features, parts.class_rows(perturbed.detach(), target), normalize)
     return parts.reduced(parts.log_odds_loss(neg, pos), target >= 0, reduction)
 
@@ -185,7 +186,7 @@ def margin_softmax_loss(
     target = parts.class_targets(labels, weight.shape[0])
     query, keys = parts.matched(features, weight, True)
     native = _checks.takes_native(backend, query)
-    stats = row_stats(native, query, keys, scale, None, None, None, target, None)
+    stats = row_stats(native, SoftmaxProblem(query, keys, scale, positive=target))
     cosine = stats.pos_sum / scale  # [B], 0 where there is no positive
     lowered = _arcface(cosine, margin) if kind == "arcface" else cosine - margin
     return parts.reduced(parts.log_odds_loss(stats.neg_lse, scale * lowered), target >= 0, reduction)

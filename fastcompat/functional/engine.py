@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _autograd, _checks, _search, reference
 from .. import _loss_parts as parts
-from ..reference import Segment, SoftmaxStats
+from ..reference import Segment, SoftmaxProblem, SoftmaxStats
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 
@@ -59,7 +59,8 @@ def softmax_stats(
     _checks.bias(bias, keys)
     check_sets(query, keys, query_labels, key_labels, positive, exclude)
     native = _checks.takes_native(backend, query)
-    return row_stats(native, query, keys, scale, bias, query_labels, key_labels, positive, exclude)
+    sets = (query_labels, key_labels, positive, exclude)
+    return row_stats(native, SoftmaxProblem(query, keys, scale, bias, *sets))
 
 
 def topk(
@@ -180,41 +181,17 @@ def check_sets(
     _checks.indices("exclude", exclude, "query", query, optional=True)
 
 
-def row_stats(
-    native: bool,
-    query: Tensor,
-    keys: Tensor,
-    scale: float | Tensor,
-    bias: Tensor | None,
-    query_labels: Tensor | None,
-    key_labels: Tensor | None,
-    positive: Tensor | None,
-    exclude: Tensor | None,
-) -> SoftmaxStats:
+def row_stats(native: bool, problem: SoftmaxProblem) -> SoftmaxStats:
     """The statistics by the native kernels or by the reference, for arguments that were checked."""
-    kernel = _autograd.softmax_stats if native else reference.softmax_stats
-    return kernel(query, keys, scale, bias, query_labels, key_labels, positive, exclude)
+    return _autograd.softmax_stats(problem) if native else reference.softmax_stats(*problem)
 
 
-def contrastive(
-    native: bool,
-    query: Tensor,
-    keys: Tensor,
-    scale: float | Tensor,
-    bias: Tensor | None,
-    query_labels: Tensor | None,
-    key_labels: Tensor | None,
-    positive: Tensor | None,
-    exclude: Tensor | None,
-    positives: str,
-    reduction: str,
-) -> Tensor:
+def contrastive(native: bool, problem: SoftmaxProblem, positives: str, reduction: str) -> Tensor:
     """The contrastive loss of arguments that were checked: in one native call where there is one."""
-    problem = (query, keys, scale, bias, query_labels, key_labels, positive, exclude)
     scalar = positives == "sum_in_log" and reduction != "none"
-    if native and scalar and _autograd.fuses(query, scale, bias):
-        return _autograd.softmax_loss(*problem, reduction == "mean")
-    return parts.contrastive_from_stats(row_stats(native, *problem), positives, reduction)
+    if native and scalar and _autograd.fuses(problem):
+        return _autograd.softmax_loss(problem, reduction == "mean")
+    return parts.contrastive_from_stats(row_stats(native, problem), positives, reduction)
 
 
 def _optional(name: str, value: Tensor | np.ndarray | None) -> Tensor | None:

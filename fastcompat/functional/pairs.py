@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _checks, reference
 from .. import _loss_parts as parts
+from ..reference import SoftmaxProblem
 from .engine import check_sets, contrastive, row_stats
 
 
@@ -58,8 +59,8 @@ def contrastive_loss(
     scale = parts.inverse_temperature(temperature, "query", query)
     query, keys = parts.matched(query, keys, normalize)
     native = _checks.takes_native(backend, query)
-    sets = (query_labels, key_labels, positive, exclude)
-    return contrastive(native, query, keys, scale, None, *sets, positives, reduction)
+    problem = SoftmaxProblem(query, keys, scale, None, query_labels, key_labels, positive, exclude)
+    return contrastive(native, problem, positives, reduction)
 
 
 def simclr_loss(
@@ -190,9 +191,9 @@ def ract_loss(
     for bank in banks:
         query, keys = parts.matched(new, bank, normalize)
         native = _checks.takes_native(backend, query)
-        sets = (labels, key_labels, None, key_index)
         if k is None:
-            negatives.append(row_stats(native, query, keys, scale, None, *sets).neg_lse)
+            problem = SoftmaxProblem(query, keys, scale, None, labels, key_labels, exclude=key_index)
+            negatives.append(row_stats(native, problem).neg_lse)
         else:
             hardest = parts.hardest_logits(native, query, keys, scale, labels, key_labels, key_index, k)
             negatives.append(reference.log_sum_exp(hardest, torch.ones_like(hardest, dtype=torch.bool)))
@@ -262,7 +263,8 @@ def metric_compatible_loss(
     for query, keys, exclude in ((reverse, old.detach(), None), (new, new, itself)):
         query, keys = parts.matched(query, keys, normalize)
         native = _checks.takes_native(backend, query)
-        systems.append(row_stats(native, query, keys, scale, None, labels, labels, None, exclude))
+        problem = SoftmaxProblem(query, keys, scale, None, labels, labels, exclude=exclude)
+        systems.append(row_stats(native, problem))
     if shared_negatives:
         shared = torch.logaddexp(*(stats.neg_lse for stats in systems))  # [B], log Z
         systems = [stats._replace(neg_lse=shared) for stats in systems]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _checks
 from .. import _loss_parts as parts
+from ..reference import SoftmaxProblem
 from .engine import row_stats
 
 
@@ -91,7 +92,7 @@ def fastfill_loss(
     query, weight = parts.matched(pred, new_weight.detach(), False)
     bias = parts.frozen_bias("new_bias", new_bias, "new_weight", weight)
     native = _checks.takes_native(backend, query)
-    stats = row_stats(native, query, weight, 1.0, bias, None, None, target_class, None)
+    stats = row_stats(native, SoftmaxProblem(query, weight, bias=bias, positive=target_class))
     wide = torch.promote_types(query.dtype, torch.float32)
     classes = max(weight.shape[0], 1)
     mean_logit = (query.to(wide) * (weight.to(wide).sum(0) / classes)).sum(1)  # [B]

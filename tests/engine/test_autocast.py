@@ -15,9 +15,9 @@ def seen(monkeypatch):
     found = []
 
     def spy(inner):
-        def call(query, keys, *rest):
-            found.append((query.dtype, keys.dtype))
-            return inner(query, keys, *rest)
+        def call(problem, *rest):
+            found.append((problem.query.dtype, problem.keys.dtype))
+            return inner(problem, *rest)
 
         return call
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcompat import _autograd
 from fastcompat import functional as fc
+from fastcompat.reference import SoftmaxProblem
 
 SIZES = [(1, 1, 1), (1, 33, 3), (31, 2, 8), (130, 31, 64), (65, 200, 37)]
 PASSES = [(700, 3000, 17), (600, 70, 5), (130, 66_000, 3)]  # many rows, many keys, too many keys to keep
@@ -27,7 +28,7 @@ def problem(rows, columns, dim, dtype, kind):
 
 def results(p, mean, *, fused):
     if fused:
-        loss = _autograd.softmax_loss(*vars(p).values(), mean)
+        loss = _autograd.softmax_loss(SoftmaxProblem(*vars(p).values()), mean)
     else:
         p.query.requires_grad_(), p.keys.requires_grad_()
         neg, pos, _, count = p.eager()
@@ -86,7 +87,7 @@ def test_one_side_alone(wanted):
     both = results(p, True, fused=True)
     for leaf, want in zip((p.query, p.keys), wanted, strict=True):
         leaf.requires_grad_(want)
-    loss = _autograd.softmax_loss(*vars(p).values(), True)
+    loss = _autograd.softmax_loss(SoftmaxProblem(*vars(p).values()), True)
     (alone,) = torch.autograd.grad(loss, p.query if wanted[0] else p.keys)
     torch.testing.assert_close(loss, both[0])
     torch.testing.assert_close(alone, both[1 + wanted[1]])
@@ -117,7 +118,7 @@ def small():
 def test_what_arrives_multiplies_the_gradients(arrives, dtype):
     p = problem(30, 40, 8, dtype, "index")
     unit = results(p, True, fused=True)[1:]
-    loss = _autograd.softmax_loss(*vars(p).values(), True)
+    loss = _autograd.softmax_loss(SoftmaxProblem(*vars(p).values()), True)
     for got, one in zip(torch.autograd.grad(arrives * loss, (p.query, p.keys)), unit, strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got, arrives * one)
