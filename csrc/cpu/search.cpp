@@ -114,9 +114,9 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
   }
   const int64_t wanted = std::min(k, total), capacity = std::max<int64_t>(2 * wanted, 16);
   const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
-  // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
-  const int64_t items = threads == 1 ? 1 : 4 * threads;
   const int64_t block = block_of(B, kernel.packed_floats(segments[0].keys) ? 2 * dim : 4 * dim, fits);
+  // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
+  const int64_t items = (B + block - 1) / block % threads == 0 ? 1 : 4 * threads;
   const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096, items);
   std::vector<Candidate> best(plan.splits * B * wanted);
   std::vector<int64_t> found(plan.splits * B);
