@@ -9,7 +9,7 @@ tests=() report= failed=0
 for part in ${*:-plain address thread report}; do
   [ "$part" = report ] && report=yes || tests+=("$part")
 done
-make() { cmake --build "$build" --target "$@" -- --quiet; }
+make() { cmake --build "$build" --parallel "$(nproc)" --target "$@" -- --quiet; }
 
 cmake -S tests/device -B "$build" -G Ninja > /dev/null
 if [ "$report" ]; then # beside the tests: its longest compilation takes as long as they do

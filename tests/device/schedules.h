@@ -59,7 +59,7 @@ inline std::string deadlock() {
 // one launch are not, and ThreadSanitizer must see that: there a block's threads have run no other of the launch.
 inline void take_fibers(size_t count) {
 #ifdef __SANITIZE_THREAD__
-  constexpr size_t MOST = 1024;
+  constexpr size_t MOST = 2304;  // each costs about a megabyte
 #else
   constexpr size_t MOST = 0;
 #endif
