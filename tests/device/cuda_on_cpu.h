@@ -236,14 +236,8 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 namespace emu {
-// As many as it takes to cut work into pieces; the fewer, the fewer threads.
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-inline int multiprocessors = 2;
-#else
-inline int multiprocessors = 4;
-#endif
-inline int capability = 80;  // the device that cudaDeviceGetAttribute describes
-inline int driver = 13000;   // the CUDA version that it supports
+inline int multiprocessors = 4, capability = 80;  // the device that cudaDeviceGetAttribute describes
+inline int driver = 13000;                        // the CUDA version that it supports
 }  // namespace emu
 inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
