@@ -319,7 +319,9 @@ def main() -> None:
         for row in rows:
             row.share = row.tflops / rate if rate else 0.0
         report["rows"] += map(asdict, rows)
-        given.out.write_text(json.dumps(report, indent=1, default=str))  # what is known survives what comes
+        written = given.out.with_suffix(".part")
+        written.write_text(json.dumps(report, indent=1, default=str))
+        written.replace(given.out)  # what is known survives what comes
     print("\n".join(table(report)))
     sys.exit(any(row["error"] for row in report["rows"] if row["side"] == "ours"))
 

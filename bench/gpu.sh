@@ -2,7 +2,7 @@
 # Everything that a GPU can tell, in one go: build, tests, benchmark, sanitizer; at the end the parts and the table.
 #   bench/gpu.sh [FOLDER]              results in FOLDER (default: $OUT, else build/gpu); no network, under 10 minutes
 #   DEVICE=cpu bench/gpu.sh [FOLDER]   tries the script without a GPU: what needs one fails, the rest is tiny
-# Needs Python 3.11, torch, numpy, tqdm, typer, pytest, nvcc, cmake, ninja, pybind11, scikit-build-core; engine tests that
+# Needs Python 3.10 or newer, torch, numpy, tqdm, typer, pytest, nvcc, cmake, ninja, pybind11, scikit-build-core; engine tests that
 # want more than is installed (hypothesis, scikit-learn) are left out, pytest-xdist is used where it is.
 # Baselines that no machine has by itself can be brought as wheels in build/wheels (cut-cross-entropy, inf_cl, faiss-gpu-cu12).
 # Every part has a time limit; one that fails is reported, and the next one runs. PYTHON names the interpreter.
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda}
 python=${PYTHON:-python3}
 site=$PWD/build/gpu-site
-export PYTHONPATH=$site:$PWD/bench:$PWD/tests/cuda PYTHONUNBUFFERED=1
+export PYTHONPATH=$site:$PWD/bench:$PWD/tests/cuda${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 pytest=("$python" -P -m pytest -q --tb=short -p no:cacheprovider)
 
 build() {
@@ -41,10 +41,15 @@ gpu_tests() {
 compile_device_tests() {
   local source program
   [ "$device" = cpu ] && return
-  rm -f build/gpu-device/test_*
+  rm -f build/gpu-device/*
+  for source in csrc/cuda/*.cu tests/device/test_*.cu; do
+    nvcc -std=c++17 -O2 -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/cuda -Itests/device -c "$source" \
+      -o "build/gpu-device/$(basename "$source" .cu).o" &
+  done
+  wait
   for source in tests/device/test_*.cu; do
     program=build/gpu-device/$(basename "$source" .cu)
-    nvcc -std=c++17 -O2 -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/cuda -Itests/device "$source" -o "$program" &
+    nvcc -arch=sm_90a "$program.o" build/gpu-device/{engine,ranks_sm80,softmax_sm80,softmax_sm90,topk_sm80,topk_sm90}.o -o "$program" &
   done
   wait
 }
@@ -64,9 +69,10 @@ memcheck() {
     "${pytest[@]}" tests/cuda/test_public_functions.py --device "$device" -k "bfloat16 and not evaluation"
 }
 racecheck() {
-  local failed=0
-  for program in build/gpu-device/test_*; do
-    compute-sanitizer --tool racecheck --error-exitcode 9 --print-limit 20 "$program" || failed=1
+  local source program failed=0
+  for source in tests/device/test_*.cu; do
+    program=build/gpu-device/$(basename "$source" .cu)
+    [ -x "$program" ] && compute-sanitizer --tool racecheck --error-exitcode 9 --print-limit 20 "$program" || failed=1
   done
   return $failed
 }
@@ -84,6 +90,7 @@ if [ "${1-}" = --part ]; then
 fi
 results=${1:-${OUT:-build/gpu}}
 mkdir -p "$results"
+rm -f "$results/gpu.json"
 : > "$results/log.txt"
 : > "$results/parts.txt"
 everything=570 # seconds
@@ -96,13 +103,13 @@ part() { # SECONDS NAME: at most so long, and never past the end of everything
     printf '%-20s no time left\n' "$*" | tee -a "$results/parts.txt"
     return
   fi
-  timeout --kill-after=5 "$limit" "$0" --part "$results" "$@" > "$results/part.txt" 2>&1
+  timeout --kill-after=5 "$limit" bench/gpu.sh --part "$results" "$@" > "$results/part.txt" 2>&1
   case $? in 0) status=ok ;; 124 | 137) status=stopped ;; *) status=FAILED ;; esac
   { printf '\n=== %s\n' "$*"; cat "$results/part.txt"; } >> "$results/log.txt"
   printf '%-20s %-8s %4d s  %s\n' "$*" "$status" $((SECONDS - start)) \
     "$(grep -v '^ *$' "$results/part.txt" | tail -1 | cut -c1-150)" | tee -a "$results/parts.txt"
 }
-part 200 build
+part 280 build # most of it one compilation, which most parts need
 part 40 info
 part 130 gpu_tests
 part 190 benchmark

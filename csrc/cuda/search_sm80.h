@@ -4,6 +4,13 @@
 
 namespace fastcompat::cuda::sm80 {
 
+// What a call's scratch holds at most, besides a few words per row. Tests make it small.
+struct Limits {
+  int64_t packed_bytes;     // of keys
+  int64_t candidate_bytes;  // more queries are searched in batches
+};
+inline Limits limits = {64ll << 20, 1ll << 30};
+
 size_t topk_scratch(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter,
                     const Launch& launch);
 void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,

@@ -5,15 +5,9 @@
 
 #include "row_terms.cuh"
 #include "screen_sm80.cuh"
+#include "search_sm80.h"
 
 namespace fastcompat::cuda::sm80 {
-
-// What a call's scratch holds at most, besides a few words per row. Tests make it small.
-struct Limits {
-  int64_t packed_bytes;     // of keys
-  int64_t candidate_bytes;  // more queries are searched in batches
-};
-inline Limits limits = {64ll << 20, 1ll << 30};
 
 // Parts of a call's scratch one after the other. With no memory it only counts.
 class Scratch {

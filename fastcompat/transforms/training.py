@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import _checks
 from .base import reset
@@ -92,6 +91,8 @@ class Training:
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, _warm_cosine(self.epochs * steps))
         best, best_state, best_epoch = math.inf, None, 0
         history: list[tuple[float, float]] = []
+        from tqdm import tqdm
+
         bar = tqdm(range(self.epochs), desc=title, unit="epoch", disable=None if self.progress else True)
         for epoch in bar:
             body.train()

@@ -21,6 +21,9 @@ void __tsan_write_range(void*, long);
 }
 #endif
 
+// For the emulator's own arithmetic, which no sanitizer need watch.
+#define EMU_UNWATCHED __attribute__((noinline, no_sanitize("address", "thread", "undefined")))
+
 namespace emu {
 
 // What a schedule may decide: 0 round robin, 1 last in first out (one warp runs far ahead), from 2 on random. Even

@@ -58,15 +58,24 @@ struct Fiber {
   void* argument;
   std::function<bool()> until;
   Groups copies, stores;
+  unsigned launch = 0;  // the last that it ran in
 #ifndef __x86_64__
   ucontext_t context;
 #endif
 };
 
+// Threads that can go on: by warp where the schedule gives warps priorities, otherwise in one list.
+struct Ready {
+  std::vector<std::vector<Fiber*>> lists;
+  size_t head = 0, count = 0;  // the first list's first thread, if it is a queue; all threads
+};
+
 struct Machine {
-  std::deque<Fiber> fibers;
-  std::vector<Fiber*> ready;
-  size_t head = 0;
+  std::deque<Fiber> pool;      // all there are, kept between launches
+  size_t next = 0;             // the first that the next cluster takes
+  std::vector<Fiber*> fibers;  // the cluster's
+  unsigned launches = 0;
+  Ready ready;
   int done = 0;
   std::vector<Block> blocks;  // of the cluster that runs
   std::vector<Meeting> cluster_meetings;
@@ -141,9 +150,9 @@ inline void yield() { switch_to(self(), machine.scheduler); }
   fail(std::string(op) + " at " + text(at) + ": " + message);
 }
 
-__attribute__((noinline)) inline void dirty_stack() {
-  volatile char bytes[16 << 10];
-  for (auto& b : bytes) b = static_cast<char>(0xff);  // an uninitialised float starts as NaN
+EMU_UNWATCHED inline void dirty_stack() {
+  volatile uint64_t words[2 << 10];
+  for (auto& w : words) w = ~uint64_t{0};  // an uninitialised float starts as NaN
 }
 
 inline void fiber_main() {
@@ -194,7 +203,8 @@ inline void drop_stack(Fiber& f) {
 
 inline void wake(Fiber* f) {
   f->state = Fiber::READY;
-  machine.ready.push_back(f);
+  machine.ready.lists[seed < 2 ? 0 : f->warp].push_back(f);
+  ++machine.ready.count;
 }
 
 }  // namespace emu

@@ -26,6 +26,8 @@ class Body {
 };
 inline const auto nothing = [](const std::vector<Fiber*>&) {};
 
+inline bool differ(const char* a, const char* b) { return a != b && strcmp(a, b); }
+
 inline void meet(Party party, const char* op, Where at, void* argument, Body body) {
   Quiet quiet;
   Fiber& me = self();
@@ -39,7 +41,7 @@ inline void meet(Party party, const char* op, Where at, void* argument, Body bod
 #endif
   }
   if (found->need != party.need ||
-      (party.strict && (strcmp(found->op, op) || found->at.line != at.line || strcmp(found->at.file, at.file))))
+      (party.strict && (found->at.line != at.line || differ(found->op, op) || differ(found->at.file, at.file))))
     fail("divergent: " + std::string(op) + " at " + text(at) + " while others wait in " + found->op + " at " +
          text(found->at));
   const auto token = found->token;
@@ -61,7 +63,7 @@ inline void meet(Party party, const char* op, Where at, void* argument, Body bod
     if (f != &me) wake(f);
   if (!party.stays) return;
   if (party.orders) acquire(token.get());
-  machine.ready.push_back(&me);
+  wake(&me);
   yield();
 }
 // A collective of the lanes in mask.
@@ -80,10 +82,10 @@ inline void wait_until(const char* op, Where at, std::function<bool()> condition
   yield();
 }
 inline void wake_waiters() {
-  for (Fiber& f : machine.fibers)
-    if (f.state == Fiber::WAITING && f.until && f.until()) {
-      f.until = nullptr;
-      wake(&f);
+  for (Fiber* f : machine.fibers)
+    if (f->state == Fiber::WAITING && f->until && f->until()) {
+      f->until = nullptr;
+      wake(f);
     }
 }
 

@@ -65,6 +65,14 @@ inline void ldmatrix_x4(bool transposed, uint32_t (&r)[4], const void* row, Wher
   });
 }
 
+typedef float Eight __attribute__((vector_size(32)));
+// D [M, 8N] += A [M, 16] B [16, 8N], the products of a sum one after the other.
+EMU_UNWATCHED inline void multiply(Eight* D, const float (*A)[16], const Eight* B, int M, int N, int stride) {
+  for (int i = 0; i < M; ++i)
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < N; ++j) D[i * stride + j] += A[i][k] * B[k * stride + j];
+}
+
 struct Mma {
   float* d;
   const uint32_t *a, *b;
@@ -72,7 +80,8 @@ struct Mma {
 inline void mma_m16n8k16(Half type, float* d, const uint32_t* a, const uint32_t* b, Where at) {
   Mma mine{d, a, b};
   warp_meet(~0u, "mma.m16n8k16", at, &mine, [type](const std::vector<Fiber*>& lanes) {
-    float A[16][16], B[16][8], D[16][8];
+    float A[16][16];
+    Eight B[16], D[16];
     for (int lane = 0; lane < 32; ++lane) {
       const Mma& m = *static_cast<Mma*>(lanes[lane]->argument);
       const int g = lane / 4, t = lane % 4 * 2;
@@ -82,9 +91,7 @@ inline void mma_m16n8k16(Half type, float* d, const uint32_t* a, const uint32_t*
         for (int i = 0; i < 2; ++i) D[g + i * 8][t + h] = m.d[i * 2 + h];
       }
     }
-    for (int i = 0; i < 16; ++i)
-      for (int k = 0; k < 16; ++k)
-        for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
+    multiply(D, A, B, 16, 1, 1);
     for (int lane = 0; lane < 32; ++lane) {
       const Mma& m = *static_cast<Mma*>(lanes[lane]->argument);
       const int g = lane / 4, t = lane % 4 * 2;

@@ -177,13 +177,16 @@ inline std::vector<const unsigned char*> tile_pieces(uint64_t d, int rows, bool 
       for (int k = 0; k < 16; k += 8) add(start + r / 8 * group + r % 8 * 128 + k * 2);
   return pieces;
 }
-inline void read_pieces(const std::vector<const unsigned char*>& pieces, int rows, bool mn_major, Half type,
-                        float (*out)[16]) {
+// put(row, column, value) of every element
+template <class Put>
+void read_pieces(const std::vector<const unsigned char*>& pieces, int rows, bool mn_major, Half type, Put put) {
   uint16_t eight[8];
   for (size_t p = 0; p < pieces.size(); ++p) {
     memcpy(eight, pieces[p], 16);
-    for (int i = 0; i < 8; ++i)
-      (mn_major ? out[p % (rows / 8) * 8 + i][p / (rows / 8)] : out[p / 2][p % 2 * 8 + i]) = to_float(eight[i], type);
+    for (int i = 0; i < 8; ++i) {
+      const float value = to_float(eight[i], type);
+      mn_major ? put(p % (rows / 8) * 8 + i, p / (rows / 8), value) : put(p / 2, p % 2 * 8 + i, value);
+    }
   }
 }
 
@@ -201,7 +204,9 @@ struct WgmmaGroup {
   bool transposed;
 };
 inline void wgmma_multiply(const WgmmaGroup& g) {
-  static float A[64][16], B[256][16], D[64][256];
+  constexpr int kMost = 32;
+  static float A[64][16];
+  static Eight B[16][kMost], D[64][kMost];
   const WgmmaPart& first = g.parts[0];
   auto row = [](int thread, int h) { return thread / 32 * 16 + thread % 32 / 4 + h * 8; };
   if (first.a.in_registers)
@@ -209,17 +214,16 @@ inline void wgmma_multiply(const WgmmaGroup& g) {
       for (int i = 0; i < 8; ++i)
         A[row(t, i / 2 % 2)][t % 4 * 2 + i % 2 + i / 4 * 8] = half_of(g.parts[t].a.registers[i / 2], i % 2, g.type);
   else
-    read_pieces(g.a, 64, false, g.type, A);
-  read_pieces(g.b, g.columns, g.transposed, g.type, B);
+    read_pieces(g.a, 64, false, g.type, [](size_t row, size_t k, float value) { A[row][k] = value; });
+  read_pieces(g.b, g.columns, g.transposed, g.type,
+              [](size_t column, size_t k, float value) { B[k][column / 8][column % 8] = value; });
   auto each = [&](auto f) {
     for (int t = 0; t < 128; ++t)
-      for (int i = 0; i < g.columns / 2; ++i) f(g.parts[t].d[i], D[row(t, i / 2 % 2)][i / 4 * 8 + t % 4 * 2 + i % 2]);
+      for (int i = 0; i < g.columns / 2; ++i) f(g.parts[t].d[i], D[row(t, i / 2 % 2)][i / 4], t % 4 * 2 + i % 2);
   };
-  each([&](float& d, float& sum) { sum = first.accumulate ? d : 0.f; });
-  for (int i = 0; i < 64; ++i)
-    for (int j = 0; j < g.columns; ++j)
-      for (int k = 0; k < 16; ++k) D[i][j] += A[i][k] * B[j][k];
-  each([&](float& d, float& sum) { d = sum; });
+  each([&](float& d, Eight& sums, int column) { sums[column] = first.accumulate ? d : 0.f; });
+  multiply(D[0], A, B[0], 64, g.columns / 8, kMost);
+  each([&](float& d, Eight& sums, int column) { d = sums[column]; });
   ++counters.mma;
 }
 

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -97,7 +97,7 @@ def assemble(ptxas: str, nvdisasm: str, ptx: pathlib.Path, arch: str) -> dict[st
     log = done.stdout + done.stderr
     if done.returncode or "are serialized" in log:  # the second: wgmma that waits for itself
         sys.exit(f"{ptx.stem} for sm_{arch}:\n{log}")
-    code = run([nvdisasm, "-c", cubin]).stdout
+    code = run([nvdisasm, "-ndf", "-c", cubin]).stdout
     kernels: dict[str, dict[str, Any]] = {}
     for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.S):
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
@@ -115,19 +115,28 @@ def assemble(ptxas: str, nvdisasm: str, ptx: pathlib.Path, arch: str) -> dict[st
 
 
 def compile_all(folder: pathlib.Path) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
-    """{(source, architecture): kernels}; what takes longest starts first."""
+    """{(source, architecture): kernels}; what takes longest starts first and goes on without waiting."""
     nvcc, ptxas, nvdisasm = map(find_tool, ("nvcc", "ptxas", "nvdisasm"))
     sources = sorted(
         SOURCES.glob("*.cu"), key=lambda s: ("softmax" not in s.name, "sm90" not in s.name, s.name)
     )
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+
+    def machine_code(ptx: pathlib.Path, source: pathlib.Path, arch: str) -> None:
+        found[source.name, arch] = assemble(ptxas, nvdisasm, ptx, arch)
+
+    def compile_one(source: pathlib.Path) -> list[Future[None]]:
+        ptx = to_ptx(nvcc, source, folder)
+        first, *others = HOPPER if "sm90" in source.name else PORTABLE
+        jobs = [pool.submit(machine_code, ptx, source, arch) for arch in others]
+        machine_code(ptx, source, first)
+        return jobs
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        front = {pool.submit(to_ptx, nvcc, source, folder): source for source in sources}
-        back = {}
-        for done in as_completed(front):
-            name = front[done].name
-            for arch in HOPPER if "sm90" in name else PORTABLE:
-                back[name, arch] = pool.submit(assemble, ptxas, nvdisasm, done.result(), arch)
-        return {job: back[job].result() for job in sorted(back, key=lambda j: (j[0], int(j[1].rstrip("a"))))}
+        for started in [pool.submit(compile_one, source) for source in sources]:
+            for job in started.result():
+                job.result()
+    return dict(sorted(found.items(), key=lambda job: (job[0][0], int(job[0][1].rstrip("a")))))
 
 
 def launches(program: pathlib.Path, arch: str) -> Launches:

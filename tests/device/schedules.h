@@ -7,28 +7,31 @@
 namespace emu {
 
 inline Fiber* pick() {
-  auto& ready = machine.ready;
-  if (seed >= 2 && machine.random() % 16 == 0) finish_one_copy();
-  while (machine.head == ready.size()) {
-    ready.clear();
-    machine.head = 0;
+  auto& [lists, head, count] = machine.ready;
+  const unsigned random = machine.random();
+  if (seed >= 2 && random % 16 == 0) finish_one_copy();
+  while (!count)
     if (!finish_one_copy()) return nullptr;
-  }
+  --count;
+  std::vector<Fiber*>* list = &lists[0];
   if (seed == 0) {
-    Fiber* next = ready[machine.head++];
-    if (machine.head > 4096) ready.erase(ready.begin(), ready.begin() + machine.head), machine.head = 0;
+    Fiber* next = (*list)[head++];
+    if (head > 4096 || !count) list->erase(list->begin(), list->begin() + head), head = 0;
     return next;
   }
-  size_t best = ready.size() - 1;
+  size_t at = list->size() - 1;
   if (seed >= 2) {  // warps have random priorities, redrawn now and then
-    if (machine.random() % 64 == 0) machine.priority[machine.random() % machine.priority.size()] = machine.random();
-    best = machine.random() % ready.size();
-    for (size_t i = 0; i < ready.size(); ++i)
-      if (machine.priority[ready[i]->warp] > machine.priority[ready[best]->warp]) best = i;
+    auto& priority = machine.priority;
+    if (random / 16 % 64 == 0) priority[machine.random() % priority.size()] = machine.random();
+    size_t best = lists.size();
+    for (size_t warp = 0; warp < lists.size(); ++warp)
+      if (!lists[warp].empty() && (best == lists.size() || priority[warp] > priority[best])) best = warp;
+    list = &lists[best];
+    at = random / 1024 % list->size();
   }
-  Fiber* next = ready[best];
-  ready[best] = ready.back();
-  ready.pop_back();
+  Fiber* next = (*list)[at];
+  (*list)[at] = list->back();
+  list->pop_back();
   return next;
 }
 
@@ -43,13 +46,40 @@ inline std::string deadlock() {
   for (const Block& block : machine.blocks)
     for (const auto& meetings : block.meetings) add(meetings, "block " + text(block.index));
   add(machine.cluster_meetings, "the cluster");
-  for (const Fiber& f : machine.fibers)
-    if (f.state == Fiber::WAITING && f.until) {
-      report += std::string("; ") + f.op + " at " + text(f.at) + " never ends for block " + text(f.block->index) +
-                " thread " + text(f.thread) + " and maybe others";
+  for (const Fiber* f : machine.fibers)
+    if (f->state == Fiber::WAITING && f->until) {
+      report += std::string("; ") + f->op + " at " + text(f->at) + " never ends for block " + text(f->block->index) +
+                " thread " + text(f->thread) + " and maybe others";
       break;
     }
   return report;
+}
+
+// Takes the threads of one cluster. Launches are ordered, and so a thread of one may go on in the next; the blocks of
+// one launch are not, and ThreadSanitizer must see that: there a block's threads have run no other of the launch.
+inline void take_fibers(size_t count) {
+#ifdef __SANITIZE_THREAD__
+  constexpr size_t MOST = 2304;  // each costs about a megabyte
+#else
+  constexpr size_t MOST = 0;
+#endif
+  if (machine.next + count > std::max(MOST, count)) machine.next = 0;
+  while (machine.pool.size() < machine.next + count) make_stack(machine.pool.emplace_back());
+  machine.fibers.clear();
+  for (; machine.fibers.size() < count; ++machine.next) {
+    Fiber& f = machine.pool[machine.next];
+    machine.fibers.push_back(&f);
+#ifdef __SANITIZE_THREAD__
+    if (f.tsan && f.launch == machine.launches) {
+      __tsan_destroy_fiber(f.tsan);
+      drop_stack(f);
+      make_stack(f);
+      f.tsan = nullptr;
+    }
+    if (!f.tsan) f.tsan = __tsan_create_fiber(0);
+#endif
+    f.launch = machine.launches;
+  }
 }
 
 // Runs the blocks of one cluster together until all their threads have exited.
@@ -65,16 +95,18 @@ inline void run_cluster(size_t smem) {
     block.smem = memory.back().get();
     block.running = threads;
   }
-  machine.ready.clear();
-  machine.head = 0;
+  take_fibers(threads * machine.blocks.size());
+  const size_t warps = machine.fibers.size() / 32 + 1;
+  machine.ready.lists.assign(warps, {});
+  machine.ready.head = machine.ready.count = 0;
   machine.done = 0;
   machine.error.clear();
   machine.engine.clear();
   machine.cluster_meetings.clear();
-  machine.priority.resize(machine.fibers.size() / 32 + 1);
+  machine.priority.resize(warps);
   for (auto& p : machine.priority) p = machine.random();
   for (size_t i = 0; i < machine.fibers.size(); ++i) {
-    Fiber& f = machine.fibers[i];
+    Fiber& f = *machine.fibers[i];
     f.id = static_cast<int>(i) % threads;
     f.block = &machine.blocks[i / threads];
     f.thread = {f.id % blockDim.x, f.id / blockDim.x % blockDim.y, f.id / blockDim.x / blockDim.y};
@@ -82,14 +114,6 @@ inline void run_cluster(size_t smem) {
     f.warp = static_cast<int>(i) / 32;
     f.until = nullptr;
     f.copies = f.stores = {};
-#ifdef __SANITIZE_THREAD__
-    if (f.tsan) {  // a fresh thread on a fresh stack: blocks are not ordered with each other
-      __tsan_destroy_fiber(f.tsan);
-      drop_stack(f);
-      make_stack(f);
-    }
-    f.tsan = __tsan_create_fiber(0);
-#endif
     wake(&f);
   }
   while (machine.done < static_cast<int>(machine.fibers.size())) {
@@ -107,13 +131,14 @@ inline void run_cluster(size_t smem) {
 
 // Fibers whose kernel has not ended are abandoned: their frames are not unwound, and ThreadSanitizer keeps its threads.
 inline void drop_fibers() {
-  for (Fiber& f : machine.fibers) {
+  for (Fiber& f : machine.pool) {
 #ifdef __SANITIZE_THREAD__
     if (f.tsan && f.state == Fiber::DONE) __tsan_destroy_fiber(f.tsan);
 #endif
     drop_stack(f);
   }
   machine.fibers.clear();
+  machine.pool.clear();
 }
 
 // Told of every launch, which then does not run (launches.cu).
@@ -141,10 +166,7 @@ inline void launch(int cluster, dim3 grid, dim3 block, size_t smem, std::functio
 #ifdef __SANITIZE_THREAD__
   machine.scheduler.tsan = __tsan_get_current_fiber();
 #endif
-  if (machine.fibers.size() != threads * cluster) {
-    drop_fibers();
-    for (size_t i = 0; i < threads * cluster; ++i) make_stack(machine.fibers.emplace_back());
-  }
+  ++machine.launches;
   std::vector<size_t> order(size_t(grid.x) / cluster * grid.y * grid.z);  // the order of blocks is not promised either
   for (size_t i = 0; i < order.size(); ++i) order[i] = seed == 1 ? order.size() - 1 - i : i;
   if (seed >= 2) std::shuffle(order.begin(), order.end(), machine.random);

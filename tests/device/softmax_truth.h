@@ -73,6 +73,21 @@ struct Rows {
   }
 };
 
+#ifndef EMU_UNWATCHED  // on a GPU
+#define EMU_UNWATCHED
+#endif
+// The truth's own products.
+template <class R>
+EMU_UNWATCHED R dot(const R* a, const R* b, int size) {
+  R sum = 0;
+  for (int d = 0; d < size; ++d) sum += a[d] * b[d];
+  return sum;
+}
+template <class R>
+EMU_UNWATCHED void add(R* sums, R factor, const R* row, int size) {
+  for (int d = 0; d < size; ++d) sums[d] += factor * row[d];
+}
+
 // What a call returns, in double: from the formulas, or from the eager expression with its roundings.
 struct Results {
   std::vector<double> neg_lse, pos_lse, pos_sum, count, mean, dquery, dscale, dkeys, dbias;
@@ -124,6 +139,13 @@ struct Setup {
     constexpr bool eager = std::is_same_v<R, float>;
     const int B = c.B, N = c.N, D = c.D;
     auto in = [&](R x) { return eager ? R(operand(float(x), dtype, precision)) : x; };
+    auto all = [&](const Rows& rows) {
+      std::vector<R> out;
+      for (int i = 0; i < rows.matrix.rows; ++i)
+        for (int d = 0; d < D; ++d) out.push_back(in(rows[i][d]));
+      return out;
+    };
+    const std::vector<R> q = all(query), k = all(keys);
     auto out = [&](R x) { return eager ? R(rounded(float(x), dtype)) : x; };
     const R scale = R(c.scale) * factor[0];
     Results r;
@@ -133,9 +155,7 @@ struct Setup {
       R sums[2] = {0, 0}, tops[2] = {-R(kInfinity), -R(kInfinity)}, sum = 0;
       int counts[2] = {0, 0};
       for (int j = 0; j < N; ++j) {
-        R dot = 0;
-        for (int d = 0; d < D; ++d) dot += in(query[i][d]) * in(keys[j][d]);
-        R& zij = z[size_t(i) * N + j] = out(scale * out(dot));
+        R& zij = z[size_t(i) * N + j] = out(scale * out(dot(&q[size_t(i) * D], &k[size_t(j) * D], D)));
         if (c.bias) zij = out(zij + bias[j]);
         for (int p = 0; p < 2; ++p)
           if (p ? is_positive(i, j) : is_negative(i, j)) tops[p] = std::max(tops[p], zij), ++counts[p];
@@ -157,12 +177,12 @@ struct Setup {
         const R p = out(std::exp(z[size_t(i) * N + j] - lse[is_positive(i, j)]));
         if (is_negative(i, j)) {
           cij = none_arrives ? 0 : g_neg[i] * p;
-          for (int d = 0; d < D; ++d) mean[d] += in(p) * in(keys[j][d]);
+          add(mean.data(), in(p), &k[size_t(j) * D], D);
         } else if (is_positive(i, j)) {
           cij = g_pos[i] * p + g_sum[i];
         }
         cij = out(cij);
-        for (int d = 0; d < D; ++d) u[d] += in(cij) * in(keys[j][d]);
+        add(u.data(), in(cij), &k[size_t(j) * D], D);
       }
       R dscale = 0;
       for (int d = 0; d < D; ++d) {
@@ -177,7 +197,7 @@ struct Setup {
       std::vector<R> u(D);
       for (int i = 0; i < B; ++i) {
         sum += coefficient[size_t(i) * N + j];
-        for (int d = 0; d < D; ++d) u[d] += in(coefficient[size_t(i) * N + j]) * in(query[i][d]);
+        add(u.data(), in(coefficient[size_t(i) * N + j]), &q[size_t(i) * D], D);
       }
       r.dbias.push_back(out(sum));
       for (int d = 0; d < D; ++d) r.dkeys.push_back(out(scale * out(u[d])));

@@ -1,7 +1,6 @@
 // Pair scores and beat-counts of the portable tier: the float of every pair, and counts against comparing them all.
-#include "ranks_sm80.cu"
 #include "search_cases.h"
-#include "topk_sm80.cu"
+#include "search_sm80.h"
 
 using namespace fastcompat;
 using namespace device_test;

@@ -1,7 +1,7 @@
 // Softmax statistics and gradients of the portable tier. The rule: the error is at most twice that of the eager
 // expression in the same dtype (every product's operands and result rounded to it; statistics: of the embeddings as
 // floats), plus a few roundings of the largest number met.
-#include "../../csrc/cuda/softmax_sm80.cu"
+#include "softmax_sm80.h"
 #include "softmax_truth.h"
 
 using namespace softmax_truth;

@@ -1,6 +1,6 @@
 // The Hopper tier's softmax kernels against float64. Allowed: twice the error of the eager expression in the same
 // dtype.
-#include "../../csrc/cuda/softmax_sm90.cu"
+#include "softmax_sm90.h"
 #include "softmax_truth.h"
 
 using namespace softmax_truth;

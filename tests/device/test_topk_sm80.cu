@@ -1,6 +1,6 @@
 // Top-k of the portable tier against a full sort: ids, ties and bits.
+#include "search_sm80.h"
 #include "topk_cases.h"
-#include "topk_sm80.cu"
 
 using namespace fastcompat;
 using namespace device_test;

@@ -1,8 +1,8 @@
 // Top-k of the Hopper tier against a full sort: ids, ties and bits. What it shares with the portable tier
 // (test_topk_sm80.cu) is tested there.
+#include "search_sm80.h"
 #include "topk_cases.h"
-#include "topk_sm80.cu"
-#include "topk_sm90.cu"
+#include "topk_sm90.h"
 
 using namespace fastcompat;
 using namespace search_cases;
