@@ -15,6 +15,7 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 constexpr int64_t kFactorRows = 512;
+constexpr int64_t kFewestLanes = 64;
 constexpr int64_t kBufferBytes = 16ll << 20;  // candidates of one thread
 
 struct Candidate {
@@ -114,7 +115,10 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
   }
   const int64_t wanted = std::min(k, total), capacity = std::max<int64_t>(2 * wanted, 16);
   const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
-  const int64_t block = block_of(B, kernel.packed_floats(segments[0].keys) ? 2 * dim : 4 * dim, fits);
+  // Every thread gets a block if it can have enough queries to be worth packing the keys for.
+  const int64_t share = std::max(kFewestLanes, ((B + threads - 1) / threads + kStep - 1) / kStep * kStep);
+  const int64_t lane_bytes = (kernel.packed_floats(segments[0].keys) ? 2 : 4) * dim;
+  const int64_t block = block_of(B, lane_bytes, std::min(fits, share));
   // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
   const int64_t items = (B + block - 1) / block % threads == 0 ? 1 : 4 * threads;
   const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096, items);
