@@ -39,7 +39,7 @@ gpu_tests() {
 }
 # The kernels alone, as in tests/device but on the hardware; they compile beside the module, which takes as long.
 compile_device_tests() {
-  local source program
+  local source program kernels=()
   [ "$device" = cpu ] && return
   rm -f build/gpu-device/*
   for source in csrc/cuda/*.cu tests/device/test_*.cu; do
@@ -47,9 +47,10 @@ compile_device_tests() {
       -o "build/gpu-device/$(basename "$source" .cu).o" &
   done
   wait
+  for source in csrc/cuda/*.cu; do kernels+=("build/gpu-device/$(basename "$source" .cu).o"); done
   for source in tests/device/test_*.cu; do
     program=build/gpu-device/$(basename "$source" .cu)
-    nvcc -arch=sm_90a "$program.o" build/gpu-device/{engine,ranks_sm80,softmax_sm80,softmax_sm90,topk_sm80,topk_sm90}.o -o "$program" &
+    nvcc -arch=sm_90a "$program.o" "${kernels[@]}" -o "$program" &
   done
   wait
 }

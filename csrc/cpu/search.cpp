@@ -113,6 +113,7 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
     total += s.count;
     dim = std::max(dim, s.query.dim);
   }
+  threads = threads_for(threads, B, total, dim);
   const int64_t wanted = std::min(k, total), capacity = std::max<int64_t>(2 * wanted, 16);
   const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
   // Every thread gets a block if it can have enough queries to be worth packing the keys for.
@@ -126,7 +127,6 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
   std::vector<int64_t> found(plan.splits * B);
   std::vector<float> shared(B, -kInf);
   std::vector<int64_t> bad(parts.size(), kNone);
-  threads = threads_for(threads, B, total, dim);
   parallel_for(plan.items(), threads, [&](int64_t n, Workspace& ws) {
     const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
     TopkItem item{};

@@ -91,7 +91,7 @@ class Training:
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, _warm_cosine(self.epochs * steps))
         best, best_state, best_epoch = math.inf, None, 0
         history: list[tuple[float, float]] = []
-        from tqdm import tqdm
+        from tqdm import tqdm  # here, so that losses and search need no tqdm
 
         bar = tqdm(range(self.epochs), desc=title, unit="epoch", disable=None if self.progress else True)
         for epoch in bar:
