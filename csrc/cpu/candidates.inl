@@ -19,7 +19,7 @@ struct TopkState {
   // k of the query's keys reach this score.
   void raise(int64_t q, float kth) {
     threshold[q] = ids_ascend ? kth : just_below(kth);
-    float* shared = item.shared + item.first_query + q;
+    float* shared = item.shared + q;
     float seen;
     __atomic_load(shared, &seen, __ATOMIC_RELAXED);
     while (seen < kth && !__atomic_compare_exchange(shared, &seen, const_cast<float*>(&kth), true, __ATOMIC_RELAXED,
@@ -31,7 +31,7 @@ struct TopkState {
   void refresh(int t) {
     for (int64_t q = t * L; q < smaller<int64_t>((t + 1) * L, item.n_queries); ++q) {
       float seen;
-      __atomic_load(item.shared + item.first_query + q, &seen, __ATOMIC_RELAXED);
+      __atomic_load(item.shared + q, &seen, __ATOMIC_RELAXED);
       if (seen > threshold[q]) threshold[q] = just_below(seen);
     }
   }
@@ -174,13 +174,15 @@ struct Screening {
 
   // Products [n][L] of keys from position `first` on and strip t.
   template <bool UNITS>
-  void block(const KeyBounds& keys, const float* products, int64_t first, int n, const QueryBounds& queries, int t) {
+  void block(const KeyBounds& keys, const Blur& most, const float* products, int64_t first, int n,
+             const QueryBounds& queries, int t) {
     state.refresh(t);
     const float* threshold = state.threshold + t * L;
-    screen_block<UNITS>(keys, products, n, queries, segment, threshold, [&](int row, int lane, float low, float high) {
-      if (t * L + lane < state.item.n_queries && !(high <= threshold[lane]))  // it may have risen since
-        candidates.offer(t * L + lane, low, high, id_at(s, first + row));
-    });
+    screen_block<UNITS>(
+        keys, most, products, n, queries, segment, threshold, [&](int row, int lane, float low, float high) {
+          if (t * L + lane < state.item.n_queries && !(high <= threshold[lane]))  // it may have risen since
+            candidates.offer(t * L + lane, low, high, id_at(s, first + row));
+        });
   }
 };
 

@@ -5,7 +5,7 @@
 
 namespace fastcompat {
 
-constexpr int64_t kSmallestPart = 2048;
+constexpr int64_t kSmallestPart = 512;
 
 inline Plan forward_plan(const SoftmaxProblem& p, bool want_mean, bool keeping) {
   const int64_t B = p.query.rows, N = p.keys.rows, D = p.query.dim;

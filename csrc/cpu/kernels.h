@@ -107,7 +107,7 @@ struct TopkItem {
   float* scores;  // [n_queries, room]; the best min(k, found) first, in no order
   int32_t* ids;
   int64_t* found;  // [n_queries]
-  float* shared;   // [B] a score that k keys of some item reach: prunes the other items, never changes a result
+  float* shared;   // [n_queries] a score that k keys of some item reach, or are expected to: only such keys are wanted
 };
 
 struct BeatsItem {

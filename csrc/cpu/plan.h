@@ -14,10 +14,10 @@ constexpr double kSerialWork = 4e6;            // products below which a second 
 
 constexpr int64_t kStep = 32;  // a multiple of every instruction set's strip
 
-// Lanes of an item: blocks of equal size, of at most 512 lanes, since a packed row is used once a lane.
+// Lanes of an item: blocks of equal size, of at most `most_lanes`, since a packed row is used once a lane.
 inline int64_t block_of(int64_t lanes, int64_t lane_bytes, int64_t most_lanes = 512) {
   const int64_t fits = std::min(most_lanes, kPanelBytes / std::max<int64_t>(1, lane_bytes));
-  const int64_t most = std::clamp<int64_t>(fits, kStep, 512) / kStep * kStep;
+  const int64_t most = std::max(fits, kStep) / kStep * kStep;
   const int64_t blocks = std::max<int64_t>(1, (lanes + most - 1) / most);
   return std::max(kStep, ((lanes + blocks - 1) / blocks + kStep - 1) / kStep * kStep);
 }

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -32,11 +33,12 @@ struct Job {
   int active = 0;
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
+  std::mutex mutex;  // of the error
 
   Job(const std::function<void(int64_t, Workspace&)>& fn, int64_t items, int seats)
       : fn(fn), items(items), seats(seats) {}
 
-  void work(std::mutex& mutex) {
+  void work() {
     try {
       Scratch scratch;
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) fn(i, scratch.workspace);
@@ -57,7 +59,7 @@ class Pool {
       jobs_.push_back(&job);
     }
     wake_.notify_all();
-    job.work(mutex_);
+    job.work();
     std::unique_lock<std::mutex> lock(mutex_);
     for (auto it = jobs_.begin(); it != jobs_.end(); ++it)
       if (*it == &job) {
@@ -90,7 +92,7 @@ class Pool {
       --job->seats;
       ++job->active;
       lock.unlock();
-      job->work(mutex_);
+      job->work();
       lock.lock();
       if (--job->active == 0) left_.notify_all();
     }
@@ -103,11 +105,22 @@ class Pool {
 };
 
 std::atomic<Pool*> current{nullptr};
+std::atomic<bool> forked{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] {
+  current.store(nullptr);
+  forked.store(true);
+});
+
+// GNU OpenMP's parallel region, as torch has loaded it, or null. torch's threads spin for milliseconds after each of
+// its operators: on the same cores, threads of our own would share them with those. After a fork they do not exist.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Parallel torch_threads() {
+  static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked.load() ? nullptr : found;
+}
 
 // The pool is never destroyed: its threads may be asleep in it when the process ends, or gone when it has forked.
 Pool& pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
-  (void)registered;
   Pool* p = current.load();
   if (!p) {
     Pool* fresh = new Pool;
@@ -130,7 +143,10 @@ void parallel_for(int64_t items, int threads, const std::function<void(int64_t, 
   }
   const int64_t helpers = (items < threads ? items : threads) - 1;
   Job job(fn, items, static_cast<int>(helpers));
-  pool().run(job);
+  if (const Parallel parallel = torch_threads())  // always all of them: a smaller team would end the others
+    parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
+  else
+    pool().run(job);
   if (job.error) std::rethrow_exception(job.error);
 }
 

@@ -1,5 +1,5 @@
-// A small thread pool: items are handed out dynamically, several Python threads may call at once, and a forked child
-// builds its own.
+// Threads: torch's own where it has loaded GNU OpenMP, else a small pool; a forked child builds a pool of its own. Items
+// are handed out dynamically, and several Python threads may call at once.
 #pragma once
 #include <cstdint>
 #include <functional>

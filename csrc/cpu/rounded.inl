@@ -135,10 +135,11 @@ void screen_rounded(const TopkItem& item, const SearchSegment& s, int64_t begin,
     const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
     RoundedBlock block(packed, queries.words);
     if (!s.packed) block.fill(keys, item.metric, first, n, bad, ws);
+    const Blur most = block.bounds.most(n);
     for (int t = 0; t < queries.strips; ++t) {
       const Ahead ahead{s.packed ? kept : keys, first + NB, t, queries.strips};
       score_block<Screen>(block.rows, n, queries.panel(t), queries.words, products, ahead);
-      screening.block<Rounding::kUnits>(block.bounds, products, first, n, queries.bounds[t], t);
+      screening.block<Rounding::kUnits>(block.bounds, most, products, first, n, queries.bounds[t], t);
     }
   }
 }

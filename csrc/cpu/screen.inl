@@ -8,13 +8,19 @@ namespace {
 
 constexpr int kSoon = 12;                       // rows ahead that filling a block fetches
 constexpr double kLeast = 1e-12, kMost = 1e12;  // norms between these can neither overflow nor vanish in a product
+constexpr float kLargest = 3e38f;               // and finite
 
-inline bool extreme(double norm) { return norm != 0 && !(norm > kLeast && norm < kMost); }
+inline bool extreme(double squared) { return squared != 0 && !(squared > kLeast * kLeast && squared < kMost * kMost); }
 
 // Norms are sums of D rounded squares: made a little larger, they are bounds.
 inline float larger(double norm, int64_t dim) {
   return static_cast<float>(norm * (1 + static_cast<double>(dim + 64) * 0x1p-23));
 }
+
+// What rounding can hide of a product with a query of norm and slack 1.
+struct Blur {
+  float norm, slack;
+};
 
 // What a block of keys brings to the bounds: product * multiply + high (low) +- (norm, slack) times the query's.
 struct KeyBounds {
@@ -33,11 +39,21 @@ struct KeyBounds {
     multiply[i] = k.multiply;
     high[i] = k.add + blur;
     low[i] = k.add - blur;
-    if (extreme(__builtin_sqrt(squared))) {  // such a key always passes
+    if (extreme(squared)) {  // such a key always passes
       multiply[i] = 0;
       high[i] = kInf;
       low[i] = -kInf;
     }
+  }
+
+  // No smaller than any of the n rows'.
+  Blur most(int n) const {
+    Blur most{0, 0};
+    for (int i = 0; i < n; ++i) {
+      if (norm[i] > most.norm) most.norm = norm[i];
+      if (slack[i] > most.slack) most.slack = slack[i];
+    }
+    return most;
   }
 
   // Once all n rows are set. `unit` (or null): what one of a row's rounded numbers stands for.
@@ -54,66 +70,85 @@ struct KeyBounds {
 
 // What a strip of queries brings.
 struct QueryBounds {
-  float norm[L], slack[L], unit[L];
+  float norm[L], slack[L], unit[L], inverse[L];  // the last: of what its terms multiply by
   LaneTerms terms;
 
   // A query's norm, and the norm of what rounding took away.
   void set(int lane, int64_t dim, double length, float lost, float one, Terms query) {
     const double sums = (2.0 * static_cast<double>(dim) + 32) * 0x1p-24;
     norm[lane] = larger(length + lost, dim);
-    slack[lane] = extreme(length) ? kInf : larger(lost + sums * length, dim);  // infinite: all of its keys pass
+    slack[lane] =
+        extreme(length * length) ? kInf : larger(lost + sums * length, dim);  // infinite: all of its keys pass
     unit[lane] = one;
     terms.multiply[lane] = query.multiply;
     terms.add[lane] = query.add;
+    inverse[lane] = 1 / query.multiply;
   }
 };
 
+// What a product, with the key's steps done, may at most be so that its score is no better than the lane's bar. It
+// comes from steps backwards, which round; so that it holds, the steps forwards, which only grow, are taken from it.
+inline F inner_limit(F bar, F multiply, F add, F inverse, const SegmentTerms& s) {
+  const auto size = [](F a) { return Simd::max(a, Simd::sub(Simd::set1(0.0f), a)); };
+  const F rounding =
+      Simd::mul(Simd::fma(Simd::add(size(bar), size(s.offset)), s.inverse_scale, size(add)), Simd::set1(0x1p-21f));
+  const F scaled = Simd::sub(Simd::mul(Simd::sub(bar, s.offset), s.inverse_scale), add);
+  const F limit = Simd::min(Simd::mul(Simd::sub(scaled, rounding), inverse), Simd::set1(kLargest));  // of NaN: kLargest
+  const F finite = Simd::max(limit, Simd::set1(-kLargest));
+  return Simd::select(Simd::not_le(last_steps(finite, multiply, add, s), bar), Simd::set1(-kInf), finite);
+}
+
 // Calls offer(row, lane, low, high) for every pair of a strip with the n rows of a block that may score above the
-// lane's threshold, with bounds of its score. UNITS: the products [n][L] count the queries' units.
+// lane's threshold, with bounds of its score. UNITS: the products [n][L] count the queries' units. `most`: the rows'.
 template <bool UNITS, class Offer>
-inline void screen_block(const KeyBounds& keys, const float* products, int n, const QueryBounds& queries,
-                         const SegmentTerms& segment, const float* threshold, Offer&& offer) {
-  F norm[NV], slack[NV], unit[NV], multiply[NV], add[NV];
+inline void screen_block(const KeyBounds& keys, const Blur& most, const float* products, int n,
+                         const QueryBounds& queries, const SegmentTerms& segment, const float* threshold,
+                         Offer&& offer) {
+  F norm[NV], slack[NV], unit[NV], multiply[NV], add[NV], largest_blur[NV], limit[NV];
+  const auto blur = [&](float key_norm, float key_slack, int v) {
+    return Simd::fma(slack[v], Simd::set1(key_norm), Simd::mul(norm[v], Simd::set1(key_slack)));
+  };
   for (int v = 0; v < NV; ++v) {
     norm[v] = Simd::load(queries.norm + v * W);
     slack[v] = Simd::load(queries.slack + v * W);
     unit[v] = Simd::load(queries.unit + v * W);
     multiply[v] = Simd::load(queries.terms.multiply + v * W);
     add[v] = Simd::load(queries.terms.add + v * W);
+    largest_blur[v] = blur(most.norm, most.slack, v);
+    limit[v] =
+        inner_limit(Simd::load(threshold + v * W), multiply[v], add[v], Simd::load(queries.inverse + v * W), segment);
   }
-  const auto blur = [&](int i, int v) {
-    return Simd::fma(slack[v], Simd::set1(keys.norm[i]), Simd::mul(norm[v], Simd::set1(keys.slack[i])));
-  };
-  const auto bound = [&](int i, int v, F constant) {
+  const auto inner = [&](int i, int v, F constant) {
     const F product = Simd::load(products + i * L + v * W), dot = UNITS ? Simd::mul(product, unit[v]) : product;
-    return last_steps(Simd::fma(dot, Simd::set1(keys.multiply[i]), constant), multiply[v], add[v], segment);
+    return Simd::fma(dot, Simd::set1(keys.multiply[i]), constant);
   };
-  const auto highest = [&](int i, int v) { return bound(i, v, Simd::add(blur(i, v), Simd::set1(keys.high[i]))); };
-  const auto lowest = [&](int i, int v) {
-    return Simd::max(bound(i, v, Simd::sub(Simd::set1(keys.low[i]), blur(i, v))), Simd::set1(-kInf));  // of NaN: -inf
-  };
-  constexpr int kRows = 16;  // between two looks at the thresholds
+  constexpr int kRows = 64;
   for (int from = 0; from < n; from += kRows) {
-    const int to = smaller(from + kRows, n);
-    F bar[NV];
-    for (int v = 0; v < NV; ++v) bar[v] = Simd::load(threshold + v * W);
-    uint32_t passes[kRows];
-    for (int i = from; i < to; ++i) {
-      uint32_t some = 0;
+    // Which rows may pass: the largest blur of the block instead of each row's, and no step after the key's.
+    uint64_t rows = 0;
+    for (int i = from; i < smaller(from + kRows, n); ++i) {
+      const F high = Simd::set1(keys.high[i]);
+      bool some = false;
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) some |= Simd::bits(Simd::not_le(highest(i, v), bar[v])) << (v * W);  // NaN passes
-      passes[i - from] = some;
+      for (int v = 0; v < NV; ++v)
+        some |= Simd::bits(Simd::not_le(inner(i, v, Simd::add(largest_blur[v], high)), limit[v])) != 0;  // NaN passes
+      rows |= static_cast<uint64_t>(some) << (i - from);
     }
-    for (int i = from; i < to; ++i) {
-      uint32_t some = passes[i - from];
-      if (__builtin_expect(some == 0, 1)) continue;
+    for (; rows; rows &= rows - 1) {
+      const int i = from + __builtin_ctzll(rows);
       float low[L], high[L];
+      uint32_t passes = 0;
       for (int v = 0; v < NV; ++v) {
-        Simd::store(low + v * W, lowest(i, v));
-        Simd::store(high + v * W, highest(i, v));
+        const F around = blur(keys.norm[i], keys.slack[i], v);
+        const auto bound = [&](F constant) { return last_steps(inner(i, v, constant), multiply[v], add[v], segment); };
+        const F highest = bound(Simd::add(around, Simd::set1(keys.high[i])));
+        const F lowest = bound(Simd::sub(Simd::set1(keys.low[i]), around));
+        Simd::store(high + v * W, highest);
+        Simd::store(low + v * W, Simd::max(lowest, Simd::set1(-kInf)));  // of NaN: -inf
+        passes |= Simd::bits(Simd::not_le(highest, Simd::load(threshold + v * W))) << (v * W);
       }
-      for (; some; some &= some - 1) {
-        const int lane = __builtin_ctz(some);
+      for (; passes; passes &= passes - 1) {
+        const int lane = __builtin_ctz(passes);
         offer(i, lane, low[lane], high[lane]);
       }
     }

@@ -16,7 +16,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 constexpr int64_t kFactorRows = 512;
 constexpr int64_t kFewestLanes = 64;
-constexpr int64_t kBufferBytes = 16ll << 20;  // candidates of one thread
+constexpr int64_t kBufferBytes = 16ll << 20;   // candidates of one thread
+constexpr int64_t kCachedBytes = 256ll << 10;  // queries that a core's cache holds beside a block of keys
 
 struct Candidate {
   float score;
@@ -72,6 +73,118 @@ void refuse_bad(const std::vector<int64_t>& bad) {
     if (bad[s] != kNone) throw NonFinite("keys", static_cast<int>(s), bad[s]);
 }
 
+// Top-k of all segments together.
+struct Search {
+  const std::vector<SearchSegment>& parts;
+  Metric metric;
+  const TopkFilter& filter;
+  int64_t* bad;  // [parts]
+  int threads;
+
+  // The best k of B queries that reach their floor [B]; -inf and -1 where there are fewer.
+  void best(int64_t first_query, int64_t B, int64_t k, const float* floor, float* scores, int64_t* ids) const {
+    const Kernels& kernel = kernels();
+    int64_t total = 0, dim = 0;
+    for (const SearchSegment& s : parts) {
+      total += s.count;
+      dim = std::max(dim, s.query.dim);
+    }
+    const int workers = threads_for(threads, B, total, dim);
+    const int64_t wanted = std::min(k, total), capacity = std::max<int64_t>(2 * wanted, 16);
+    const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
+    // Every thread gets a block if it can have enough queries to be worth packing the keys for.
+    const int64_t share = std::max(kFewestLanes, ((B + workers - 1) / workers + kStep - 1) / kStep * kStep);
+    const int64_t lane_bytes = (kernel.packed_floats(parts[0].keys) ? 2 : 4) * dim;
+    const int64_t cached = std::max<int64_t>(512, kCachedBytes / lane_bytes);
+    const int64_t block = block_of(B, lane_bytes, std::min({fits, share, cached}));
+    // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
+    const int64_t items = (B + block - 1) / block % workers == 0 ? 1 : 4 * workers;
+    const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096, items);
+    std::vector<Candidate> candidates(plan.splits * B * wanted);
+    std::vector<int64_t> found(plan.splits * B);
+    std::vector<float> shared(floor, floor + B);
+    parallel_for(plan.items(), workers, [&](int64_t n, Workspace& ws) {
+      const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
+      TopkItem item{};
+      item.segments = parts.data();
+      item.n_segments = static_cast<int>(parts.size());
+      item.metric = metric;
+      item.first_query = first_query + first;
+      item.n_queries = std::min(plan.block, B - first);
+      item.begin = std::min(split * plan.rows, total);
+      item.end = std::min(item.begin + plan.rows, total);
+      item.k = wanted;
+      item.capacity = capacity;
+      item.filter = filter;
+      item.bad = bad;
+      item.room = capacity + 16;
+      item.scores = ws.floats(Workspace::kCandidates, 2 * item.n_queries * item.room);
+      item.ids = reinterpret_cast<int32_t*>(item.scores + item.n_queries * item.room);
+      item.found = found.data() + split * B + first;
+      item.shared = shared.data() + first;
+      kernel.topk(item, ws);
+      for (int64_t q = 0; q < item.n_queries; ++q)
+        for (int64_t c = 0; c < item.found[q]; ++c)
+          candidates[(split * B + first + q) * wanted + c] = {item.scores[q * item.room + c],
+                                                              item.ids[q * item.room + c]};
+    });
+    constexpr int64_t kRows = 16;
+    parallel_for((B + kRows - 1) / kRows, workers, [&](int64_t n, Workspace&) {
+      std::vector<Candidate> all;
+      for (int64_t i = n * kRows; i < std::min(B, (n + 1) * kRows); ++i) {
+        all.clear();
+        for (int64_t s = 0; s < plan.splits; ++s) {
+          const Candidate* part = candidates.data() + (s * B + i) * wanted;
+          all.insert(all.end(), part, part + found[s * B + i]);
+        }
+        const int64_t filled = std::min<int64_t>(wanted, static_cast<int64_t>(all.size()));
+        if (filled < static_cast<int64_t>(all.size()))
+          std::nth_element(all.begin(), all.begin() + filled, all.end(), better);
+        std::sort(all.begin(), all.begin() + filled, better);
+        for (int64_t r = 0; r < k; ++r) {
+          scores[i * k + r] = r < filled ? all[r].score : -kInf;
+          ids[i * k + r] = r < filled ? all[r].id : -1;
+        }
+      }
+    });
+  }
+};
+
+// For every query a score that at least k keys reach, but for one query in ten thousand; -inf where it is not worth
+// finding. It is the score at a rank of a sample, one key of every kStride: of the best k keys a Poisson number is in
+// it.
+std::vector<float> expected_floor(const std::vector<SearchSegment>& parts, int64_t k, Metric metric,
+                                  const TopkFilter& filter, int threads) {
+  constexpr int64_t kStride = 200;
+  const int64_t B = parts[0].query.rows;
+  std::vector<float> floor(B, -kInf);
+  std::vector<SearchSegment> sample = parts;
+  std::vector<std::vector<int64_t>> rows(parts.size());
+  int64_t total = 0, sampled = 0;
+  for (size_t n = 0; n < parts.size(); ++n) {
+    const SearchSegment& s = parts[n];
+    for (int64_t from = 0; from + kStride <= s.count; from += kStride) {
+      // Anywhere in its stretch: keys may come in an order that repeats.
+      const uint64_t mixed = static_cast<uint64_t>(from + 1) * 0x9E3779B97F4A7C15u >> 32;
+      const int64_t at = from + static_cast<int64_t>(mixed % kStride);
+      rows[n].push_back(s.rows ? s.rows[at] : at);
+    }
+    sample[n].rows = rows[n].data();
+    sample[n].count = static_cast<int64_t>(rows[n].size());
+    sample[n].packed = nullptr;
+    total += s.count;
+    sampled += sample[n].count;
+  }
+  const double mean = static_cast<double>(k) / kStride;
+  const int64_t rank = static_cast<int64_t>(mean + 4 * std::sqrt(mean) + 2.5) + 1;
+  if (k == 0 || total < 32 * k || sampled < 4 * rank) return floor;
+  std::vector<int64_t> bad(parts.size(), kNone), ids(B * rank);
+  std::vector<float> scores(B * rank);
+  Search{sample, metric, filter, bad.data(), threads}.best(0, B, rank, floor.data(), scores.data(), ids.data());
+  for (int64_t i = 0; i < B; ++i) floor[i] = scores[i * rank + rank - 1];
+  return floor;
+}
+
 }  // namespace
 
 int64_t packed_size(const Matrix& keys, int64_t count) {
@@ -99,76 +212,31 @@ void pack(const Segment& s, Metric metric, float* out, int threads) {
 
 void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
           int64_t* ids, int threads) {
-  const Kernels& kernel = kernels();
   const int64_t B = segments[0].query.rows;
   std::vector<Prepared> prepared;
   std::vector<SearchSegment> parts;
   prepared.reserve(segments.size());
-  int64_t total = 0, dim = 0;
   for (const Segment& s : segments) {
     check_sizes(s);
     check_rows("exclude", filter.exclude, B, s.keys.rows);
     prepared.emplace_back(s, metric, static_cast<int>(prepared.size()), threads);
     parts.push_back(prepared.back().segment);
-    total += s.count;
-    dim = std::max(dim, s.query.dim);
   }
-  threads = threads_for(threads, B, total, dim);
-  const int64_t wanted = std::min(k, total), capacity = std::max<int64_t>(2 * wanted, 16);
-  const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
-  // Every thread gets a block if it can have enough queries to be worth packing the keys for.
-  const int64_t share = std::max(kFewestLanes, ((B + threads - 1) / threads + kStep - 1) / kStep * kStep);
-  const int64_t lane_bytes = (kernel.packed_floats(segments[0].keys) ? 2 : 4) * dim;
-  const int64_t block = block_of(B, lane_bytes, std::min(fits, share));
-  // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
-  const int64_t items = (B + block - 1) / block % threads == 0 ? 1 : 4 * threads;
-  const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096, items);
-  std::vector<Candidate> best(plan.splits * B * wanted);
-  std::vector<int64_t> found(plan.splits * B);
-  std::vector<float> shared(B, -kInf);
+  const std::vector<float> floor = expected_floor(parts, k, metric, filter, threads);
   std::vector<int64_t> bad(parts.size(), kNone);
-  parallel_for(plan.items(), threads, [&](int64_t n, Workspace& ws) {
-    const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
-    TopkItem item{};
-    item.segments = parts.data();
-    item.n_segments = static_cast<int>(parts.size());
-    item.metric = metric;
-    item.first_query = first;
-    item.n_queries = std::min(plan.block, B - first);
-    item.begin = std::min(split * plan.rows, total);
-    item.end = std::min(item.begin + plan.rows, total);
-    item.k = wanted;
-    item.capacity = capacity;
-    item.filter = filter;
-    item.bad = bad.data();
-    item.room = capacity + 16;
-    item.scores = ws.floats(Workspace::kCandidates, 2 * item.n_queries * item.room);
-    item.ids = reinterpret_cast<int32_t*>(item.scores + item.n_queries * item.room);
-    item.found = found.data() + split * B + first;
-    item.shared = shared.data();
-    kernel.topk(item, ws);
-    for (int64_t q = 0; q < item.n_queries; ++q)
-      for (int64_t c = 0; c < item.found[q]; ++c)
-        best[(split * B + first + q) * wanted + c] = {item.scores[q * item.room + c], item.ids[q * item.room + c]};
-  });
+  const Search search{parts, metric, filter, bad.data(), threads};
+  search.best(0, B, k, floor.data(), scores, ids);
   refuse_bad(bad);
-  constexpr int64_t kRows = 16;
-  parallel_for((B + kRows - 1) / kRows, threads, [&](int64_t n, Workspace&) {
-    std::vector<Candidate> all;
-    for (int64_t i = n * kRows; i < std::min(B, (n + 1) * kRows); ++i) {
-      all.clear();
-      for (int64_t s = 0; s < plan.splits; ++s) {
-        const Candidate* part = best.data() + (s * B + i) * wanted;
-        all.insert(all.end(), part, part + found[s * B + i]);
-      }
-      const int64_t filled = std::min<int64_t>(wanted, static_cast<int64_t>(all.size()));
-      std::partial_sort(all.begin(), all.begin() + filled, all.end(), better);
-      for (int64_t r = 0; r < k; ++r) {
-        scores[i * k + r] = r < filled ? all[r].score : -kInf;
-        ids[i * k + r] = r < filled ? all[r].id : -1;
-      }
-    }
-  });
+  // Where fewer than k keys reach the floor it was too high.
+  const auto reached = [&](int64_t i) { return floor[i] == -kInf || scores[i * k + k - 1] >= floor[i]; };
+  const std::vector<float> none(B, -kInf);
+  for (int64_t i = 0, end; i < B; i = end) {
+    for (end = i; end < B && !reached(end);) ++end;
+    if (end > i)
+      search.best(i, end - i, k, none.data(), scores + i * k, ids + i * k);
+    else
+      ++end;
+  }
 }
 
 void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t targets, float* out, int threads) {

@@ -269,7 +269,7 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
   const CleanGrads g(grads, B);
   const std::unique_ptr<Groups> groups = groups_of(p);
   // A split costs another [N, D] of sums, so here few items must do.
-  const Plan plan(N, B, block_of(N, 8 * D), N * (dkeys ? D + 1 : 1) * 4, kSmallestPart / 8, kItems / 4);
+  const Plan plan(N, B, block_of(N, 8 * D), N * (dkeys ? D + 1 : 1) * 4, kSmallestPart / 2, kItems / 4);
   const bool split = plan.splits > 1;
   std::vector<float> sums(split && dkeys ? plan.splits * N * D : 0), bias(split && dbias ? plan.splits * N : 0);
   if (dbias) std::fill(dbias, dbias + N, 0.0f);

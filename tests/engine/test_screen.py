@@ -147,7 +147,7 @@ HOSTILE: tuple[Callable[[int, int], Tensor], ...] = (
 @given(data=st.data())
 def test_hostile_keys(hostile: Callable[[int, int], Tensor], data: st.DataObject) -> None:
     dim, k = data.draw(st.sampled_from(DIMS)), data.draw(st.sampled_from(KS))
-    rows = data.draw(st.sampled_from((1, 130, 700) if k < 2048 else (2100,)))
+    rows = data.draw(st.sampled_from((1, 130, 700, 6000) if k < 2048 else (2100,)))
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     torch.set_num_threads(data.draw(st.sampled_from((1, 2))))
     keys = hostile(rows, dim)
@@ -189,6 +189,41 @@ def test_more_near_ties_than_any_list_of_candidates_holds(metric: str, k: int) -
     check(query, keys, k, metric)
 
 
+def sampled(rows: int) -> Tensor:
+    """The keys from which `topk` tells beforehand how good the best will be (csrc/cpu/search.cpp)."""
+    starts = range(0, rows - 199, 200)
+    return torch.tensor([at + ((at + 1) * 0x9E3779B97F4A7C15 % 2**64 >> 32) % 200 for at in starts])
+
+
+@pytest.mark.parametrize("k", (1, 7, 100))
+@pytest.mark.parametrize("best", (3, 29, 30))
+def test_a_sample_that_holds_the_best_keys(best: int, k: int) -> None:
+    """Fewer than k keys are as good as the sample promises, for every second query."""
+    query, keys = torch.randn(20, 31), torch.randn(6000, 31)
+    keys[sampled(6000)[:best]] = query[::2].mean(0) * 10 + 0.1 * torch.randn(best, 31)
+    query[::2] = query[::2].mean(0) + 0.01 * torch.randn(10, 31)
+    for metric in METRICS:
+        check(query, keys, k, metric)
+        others = torch.ones(6000, dtype=torch.int64)
+        others[sampled(6000)[: best // 2]] = 0
+        labels = (torch.arange(20) % 3 > 0).long()
+        check(query, keys, k, metric, labels[:, None] != others, query_labels=labels, key_labels=others)
+
+
+@pytest.mark.parametrize("left", (0, 1, 60, 100))
+def test_fewer_keys_left_than_the_sample_promises(left: int) -> None:
+    """A query may have almost no keys of another label, all of them in the sample."""
+    query, keys = torch.randn(9, 31), torch.randn(20_000, 31)
+    w = torch.zeros(20_000, dtype=torch.int64)
+    w[sampled(20_000)[:left]] = 1
+    check(query, keys, 100, "ip", (w > 0).expand(9, -1), query_labels=torch.zeros(9).long(), key_labels=w)
+
+
+def test_all_scores_tie_with_the_sample() -> None:
+    check(torch.zeros(9, 31), torch.randn(6000, 31), 100, "ip")
+    check(torch.randn(9, 31), torch.randn(1, 31).repeat(6000, 1), 100, "l2")
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("metric", METRICS)
 def test_labels_and_exclusions_among_near_ties(metric: str, dtype: torch.dtype) -> None:
@@ -228,7 +263,9 @@ def test_a_mixed_gallery_of_near_ties(metric: str, sizes: tuple[float, float]) -
 
 
 @pytest.mark.parametrize("count", (5, 20))
-@pytest.mark.parametrize("sizes", ((500, 40, 700), (40, 500, 700), (500, 700, 40), (500, 300, 400, 40)))
+@pytest.mark.parametrize(
+    "sizes", ((500, 40, 700), (40, 500, 700), (500, 700, 40), (500, 300, 400, 40), (3000, 2500, 700))
+)
 def test_segments_of_their_own_vectors_whether_screened_or_too_short_for_it(
     sizes: tuple[int, ...], count: int
 ) -> None:
