@@ -1,5 +1,5 @@
-// Threads: torch's own where it has loaded GNU OpenMP, else a small pool; a forked child builds a pool of its own. Items
-// are handed out dynamically, and several Python threads may call at once.
+// Threads: torch's own where it has loaded GNU OpenMP, else a small pool; a forked child builds a pool of its own.
+// Items are handed out dynamically, and several Python threads may call at once.
 #pragma once
 #include <cstdint>
 #include <functional>
