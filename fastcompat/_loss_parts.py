@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,13 +22,44 @@ def inverse_temperature(temperature: float | Tensor, name: str, beside: Tensor) 
     return 1.0 / temperature
 
 
+class _Normalise(torch.autograd.Function):
+    """`F.normalize` of rows; its gradient `(g - x^ <x^, g>) / |x|` in five operators instead of twelve."""
+
+    EPS = 1e-12
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [B, 1]
+        length = norm.clamp(min=_Normalise.EPS)
+        unit: Tensor = x / length
+        ctx.save_for_backward(x, unit, norm, length)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, unit, norm, length = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            again: Tensor
+            (again,) = torch.autograd.grad(F.normalize(x, dim=1), x, grad, create_graph=True)
+            return again
+        along = torch.linalg.vecdot(unit, grad, dim=1)[:, None] * (norm >= _Normalise.EPS)
+        first: Tensor = torch.addcmul(grad, unit, along, value=-1).div_(length)
+        return first
+
+
 def normalised(x: Tensor) -> Tensor:
     """Rows of unit length (a zero row stays zero), computed and returned in float32 or wider."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+    x = x if x.dtype == torch.float64 else x.float()
+    if x.requires_grad and _checks.eager() and torch.autograd.forward_ad._current_level < 0:
+        unit: Tensor = _Normalise.apply(x)  # type: ignore[no-untyped-call]
+        return unit
+    return F.normalize(x, dim=1)
 
 
 def common_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
     """The promoted dtype; under autocast frozen keys follow the query."""
+    if query.dtype == keys.dtype:
+        return query.dtype
     if torch.is_autocast_enabled(query.device.type) and not keys.requires_grad:
         return query.dtype
     return torch.promote_types(query.dtype, keys.dtype)
