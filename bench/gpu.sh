@@ -80,7 +80,7 @@ racecheck() {
 engine_tests() {
   local how=()
   "$python" -c "import xdist" 2> /dev/null && how=(-n 8)
-  [ "$device" = cpu ] && how+=(--emulated build/emulated/80)
+  [ "$device" = cpu ] && how+=(--emulated 80)
   "${pytest[@]}" -p reroute tests/engine --ignore tests/engine/test_compile.py "${how[@]}"
 }
 

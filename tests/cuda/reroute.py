@@ -1,14 +1,15 @@
 """A pytest plugin that runs the tests of tests/engine, which use CPU tensors, through the CUDA engine.
 
-    PYTHONPATH=tests/cuda pytest -p reroute tests/engine                             # on a GPU
-    PYTHONPATH=tests/cuda pytest -p reroute tests/engine --emulated build/emulated/80   # without one
+    PYTHONPATH=tests/cuda pytest -p reroute tests/engine                 # on a GPU
+    PYTHONPATH=tests/cuda pytest -p reroute tests/engine --emulated 80   # on an emulated A100
 
-The second line takes the native module of that folder, whose GPU is the emulator of tests/device: Python,
-bindings, dispatch, scratch sizes and kernels are the product's, only the device is not.
+The second line takes the native module that CMakeLists.txt here describes, whose GPU is the emulator of
+tests/device: Python, bindings, dispatch, scratch sizes and kernels are the product's, only the device is not.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from torch.utils._pytree import tree_map_only
 
 from fastcompat import _autograd, _native, _ops
 
+MODULE = Path(__file__).parents[2] / "build" / "device" / "cuda"  # folder of the module with an emulated GPU
+SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10}  # of a block, by compute capability; 80: as small as on 8.6
 KERNELS = ("softmax_stats", "softmax_query_grad", "softmax_key_grad", "topk", "pair_scores", "count_beats")
 # About the CPU, or different on a GPU: there an index out of range makes a row NaN, without an error.
 LEFT_OUT = ("test_threads.py", "test_softmax_loss.py", "out_of_range")
@@ -30,16 +33,16 @@ LEFT_OUT_EMULATED = ("test_more_pairs_than_31_bits_can_number",)  # too slow the
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--emulated", type=Path, help="folder of a native module with an emulated GPU")
+    parser.addoption("--emulated", type=int, choices=SHARED_MEMORY, help="capability of an emulated GPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     _autograd.fuses = lambda *_: False  # that call is the CPU's alone
-    folder = config.getoption("emulated")
-    if folder is None:
+    capability = config.getoption("emulated")
+    if capability is None:
         config.stash[pytest.StashKey[Any]()] = _carry_to_the_gpu()
     else:
-        _emulate(folder)
+        _emulate(capability)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -78,16 +81,17 @@ def _carried(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return there_and_back
 
 
-def emulated_module(folder: Path) -> Any:
-    """The native module of this folder."""
-    spec = importlib.util.spec_from_file_location("_C", next(folder.glob("_C*.so")))
+def emulated_module() -> Any:
+    """The native module with an emulated GPU."""
+    spec = importlib.util.spec_from_file_location("_C", next(MODULE.glob("_C*.so")))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _emulate(folder: Path) -> None:
-    _native._C = emulated_module(folder)
+def _emulate(capability: int) -> None:
+    _native._C = emulated_module()
+    ctypes.CDLL(_native._C.__file__).emulate(capability, 13000, SHARED_MEMORY[capability])
     _native._Call = Emulated
     torch.cuda.is_current_stream_capturing = lambda: False
 

@@ -2,32 +2,30 @@
 
     PYTHONPATH=tests/cuda pytest tests/cuda/test_failures.py
 
-wants the folder build/emulated that CMakeLists.txt here describes.
+wants the module that CMakeLists.txt here describes.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from reroute import Emulated, emulated_module
+from reroute import MODULE, SHARED_MEMORY, Emulated, emulated_module
 
 import fastcompat as fc
 from fastcompat import _native
 
-FOLDER = Path(__file__).parents[2] / "build" / "emulated" / "80"
-AMPERE = (80, 13000, 99 << 10)
+AMPERE = (80, 13000, SHARED_MEMORY[80])
 
 
 @pytest.fixture
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Sets compute capability, the driver's CUDA version and the shared memory of a block."""
-    if not FOLDER.exists():
+    if not any(MODULE.glob("_C*.so")):
         pytest.skip("the emulated GPU is not built")
-    module = emulated_module(FOLDER)
+    module = emulated_module()
     monkeypatch.setattr(_native, "_C", module)
     monkeypatch.setattr(_native, "_Call", Emulated)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

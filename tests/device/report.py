@@ -1,12 +1,13 @@
 """Compile report of the CUDA kernels: registers, occupancy, and the instructions that came out.
 
-Every csrc/cuda/*.cu is compiled for each of its architectures. A kernel states beside its code what it uses:
+It reads the machine code in a wheel. A kernel states beside its source what it uses:
 
     // report: softmax_kernel 128 registers; HMMA.*, LDGSTS.*128
 
 That is the most that it uses on any architecture, to the next eight, and at least one instruction matches
 each pattern (with ! in front: none). A kernel without such a line is an error, as is a line without a
-kernel, and every spill.
+kernel, a kernel missing on an architecture, every spill, and wgmma that the compiler has made to wait
+one for another.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import collections
 import fnmatch
 import glob
 import json
-import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -51,11 +52,12 @@ or HGMMA instructions in the code. *128 bits*: share of the loads and copies fro
 16 bytes wide; *tensor*: the tensor copy engine loads.
 
 """
+Code = dict[str, dict[str, dict[str, Any]]]  # {architecture: {mangled kernel: facts}}
 Launches = dict[str, dict[int, tuple[int, int]]]  # {kernel: {D: (threads, bytes of shared memory)}}
 
 
-def run(command: list[str], check: bool = True, input: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=check, input=input)
+def run(command: list[str], **options: Any) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **options).stdout
 
 
 def find_tool(name: str) -> str:
@@ -79,71 +81,47 @@ def limits() -> dict[str, tuple[int, list[str]]]:
     return out
 
 
-def to_ptx(nvcc: str, source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """PTX of a source: one for all portable architectures, as in the wheel (cmake/cuda.cmake)."""
-    ptx = folder / f"{source.stem}.ptx"
-    arch = HOPPER[0] if "sm90" in source.name else PORTABLE[0]
-    options = ["-std=c++17", "-O3", "-ptx", f"-arch=compute_{arch}", "-I", str(ROOT / "csrc")]
-    done = run([nvcc, *options, str(source), "-o", str(ptx)], check=False)
-    if done.returncode:
-        sys.exit(f"{source.name}:\n{done.stdout}{done.stderr}")
-    return ptx
+def machine_code(wheel: pathlib.Path) -> tuple[str, Code]:
+    """The kernels in a wheel and the version of nvcc that compiled them."""
+    code: Code = {}
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        module = next(name for name in archive.namelist() if re.match(r"fastcompat/_C\b", name))
+        path = pathlib.Path(archive.extract(module, folder))
+        nvcc = run(
+            [sys.executable, "-c", "import _C; print(_C.build()['cuda'] or '')"], cwd=path.parent
+        ).strip()
+        if not nvcc:
+            sys.exit(f"{wheel} has no CUDA kernels")
+        run([find_tool("cuobjdump"), "-xelf", "all", str(path)], cwd=folder)
+        with ThreadPoolExecutor() as pool:
+            for arch, kernels in pool.map(disassemble, pathlib.Path(folder).glob("*.cubin")):
+                code.setdefault(arch, {}).update(kernels)
+    return nvcc, code
 
 
-def assemble(ptxas: str, nvdisasm: str, ptx: pathlib.Path, arch: str) -> dict[str, dict[str, Any]]:
-    """{mangled kernel: facts} of one source on one architecture."""
-    cubin = str(ptx.with_suffix(f".{arch}.cubin"))
-    done = run([ptxas, "-O3", "-v", f"-arch=sm_{arch}", str(ptx), "-o", cubin], check=False)
-    log = done.stdout + done.stderr
-    if done.returncode or "are serialized" in log:  # the second: wgmma that waits for itself
-        sys.exit(f"{ptx.stem} for sm_{arch}:\n{log}")
-    code = run([nvdisasm, "-ndf", "-c", cubin]).stdout
-    kernels: dict[str, dict[str, Any]] = {}
-    for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.S):
-        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-        used = re.search(r"Used (\d+) registers", text)
-        if not stack or not used:
-            sys.exit(f"{ptx.stem} for sm_{arch}: ptxas says nothing of {name}:\n{text}")
-        spill = int(stack[2]) + int(stack[3])
-        kernels[name] = {"registers": int(used[1]), "stack": int(stack[1]), "spill": spill}
-    for section in re.split(r"^\s*\.section\s", code, flags=re.M):
-        title = re.match(r"\s*\.text\.(\w+)", section)
-        if title and title[1] in kernels:
-            opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", section)
-            kernels[title[1]]["opcodes"] = collections.Counter(op for op in opcodes if op != "NOP")
-    return kernels
-
-
-def compile_all(folder: pathlib.Path) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
-    """{(source, architecture): kernels}; what takes longest starts first and goes on without waiting."""
-    nvcc, ptxas, nvdisasm = map(find_tool, ("nvcc", "ptxas", "nvdisasm"))
-    sources = sorted(
-        SOURCES.glob("*.cu"), key=lambda s: ("softmax" not in s.name, "sm90" not in s.name, s.name)
-    )
-    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-
-    def machine_code(ptx: pathlib.Path, source: pathlib.Path, arch: str) -> None:
-        found[source.name, arch] = assemble(ptxas, nvdisasm, ptx, arch)
-
-    def compile_one(source: pathlib.Path) -> list[Future[None]]:
-        ptx = to_ptx(nvcc, source, folder)
-        first, *others = HOPPER if "sm90" in source.name else PORTABLE
-        jobs = [pool.submit(machine_code, ptx, source, arch) for arch in others]
-        machine_code(ptx, source, first)
-        return jobs
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for started in [pool.submit(compile_one, source) for source in sources]:
-            for job in started.result():
-                job.result()
-    return dict(sorted(found.items(), key=lambda job: (job[0][0], int(job[0][1].rstrip("a")))))
+def disassemble(cubin: pathlib.Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The architecture and {mangled kernel: facts}."""
+    usage = run([find_tool("cuobjdump"), "-res-usage", str(cubin)])
+    kernels: dict[str, dict[str, Any]] = {
+        name: {"registers": int(registers), "stack": int(stack)}
+        for name, registers, stack in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)
+    }
+    text = run([find_tool("nvdisasm"), "-ndf", "-c", str(cubin)])
+    for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.M)[1:]:
+        found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*)", section)
+        wgmma = [operands for op, operands in found if op.startswith("HGMMA")]
+        kernels[re.match(r"\w+", section)[0]] |= {
+            "opcodes": collections.Counter(op for op, _ in found if op != "NOP"),
+            "serialized": bool(wgmma) and all("gsb0" in operands for operands in wgmma),  # each awaited
+        }
+    return cubin.suffixes[-2].removeprefix(".sm_"), kernels
 
 
 def launches(program: pathlib.Path, arch: str) -> Launches:
     """What the engine launches with at each D; the largest where there are several."""
     _, block, units, _, _ = CHIPS[arch]
     capability = "90" if arch == "90a" else "80"  # which tier
-    lines = run([str(program), capability, str(block << 10), str(units)]).stdout.splitlines()
+    lines = run([str(program), capability, str(block << 10), str(units)]).splitlines()
     titles = demangle([line.split()[0] for line in lines])  # mangled, a tensor map's type is another here
     found: Launches = {}
     for line in lines:
@@ -164,7 +142,7 @@ def resident(arch: str, registers: int, threads: int, smem: int) -> int:
 
 def demangle(names: list[str]) -> dict[str, str]:
     """Readable names without the argument list."""
-    text = run(["c++filt"], input="\n".join(names)).stdout
+    text = run(["c++filt"], input="\n".join(names))
     out = {}
     for name, full in zip(names, text.splitlines(), strict=True):
         full = re.sub(r"^void ", "", full).replace("(anonymous namespace)::", "")
@@ -191,7 +169,7 @@ def row_of(arch: str, facts: dict[str, Any], launched: dict[int, tuple[int, int]
         kinds[op.split(".")[0]] += count
     return {
         "registers": registers,
-        "spilled": facts["spill"],
+        "stack": facts["stack"],
         "threads": max((threads for threads, _ in launched.values()), default=0),
         "shared memory": {dim: smem for dim, (_, smem) in launched.items()},
         "blocks": {dim: resident(arch, registers, *sizes) for dim, sizes in launched.items()},
@@ -204,18 +182,21 @@ def row_of(arch: str, facts: dict[str, Any], launched: dict[int, tuple[int, int]
     }
 
 
-def problems(
-    compiled: dict[tuple[str, str], dict[str, dict[str, Any]]], titles: dict[str, str]
-) -> Iterator[str]:
+def problems(code: Code, titles: dict[str, str]) -> Iterator[str]:
     """Yield what is not as the kernels state it."""
     known = limits()
     used: dict[str, int] = dict.fromkeys(known, 0)
-    for (source, arch), kernels in compiled.items():
+    if set(code) != {*PORTABLE, *HOPPER}:
+        yield f"machine code for {', '.join(code)}, not for {', '.join(PORTABLE + HOPPER)}"
+    for arch, kernels in code.items():
         for name, facts in kernels.items():
             base = re.split(r"[<(]", titles[name])[0].split("::")[-1]
-            where = f"{titles[name]} (sm_{arch}, {source})"
-            if facts["spill"] or facts["stack"]:
-                yield f"{where}: {facts['spill']} bytes spilled, {facts['stack']} bytes of stack"
+            where = f"{titles[name]} (sm_{arch})"
+            spills = [op for op in facts["opcodes"] if op.split(".")[0] in ("STL", "LDL")]
+            if facts["stack"] or spills:
+                yield f"{where}: {facts['stack']} bytes of stack, {', '.join(spills) or 'not used'}"
+            if facts["serialized"]:
+                yield f"{where}: every wgmma waits for the one before"
             if base not in known:
                 yield f"{where}: no line '// report: {base} N registers; PATTERNS' beside the kernel"
                 continue
@@ -226,7 +207,7 @@ def problems(
                     yield f"{where}: {'an' if found else 'no'} instruction matches {pattern}"
     for base, registers in used.items():
         if not registers:
-            yield f"{base}: stated, but no such kernel was compiled"
+            yield f"{base}: stated, but there is no such kernel"
         elif not registers <= known[base][0] < registers + 8:
             yield f"{base}: {registers} registers at most, stated are {known[base][0]}"
 
@@ -275,22 +256,19 @@ def table(report: dict[str, Any]) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="compile report of the CUDA kernels")
+    parser.add_argument("wheel", type=pathlib.Path, help="a wheel with the kernels for every architecture")
     parser.add_argument("--launches", type=pathlib.Path, required=True, help="the program launches")
     parser.add_argument("--json", type=pathlib.Path, required=True, help="where to write the report")
     parser.add_argument("--page", type=pathlib.Path, required=True, help="where to write its table")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = compile_all(pathlib.Path(folder))
-    titles = demangle([name for kernels in compiled.values() for name in kernels])
-    launched = {arch: launches(args.launches, arch) for arch in CHIPS}
+    nvcc, code = machine_code(args.wheel)
+    titles = demangle(sorted({name for kernels in code.values() for name in kernels}))
     rows: dict[str, dict[str, Any]] = {}
-    for (_, arch), kernels in compiled.items():
+    for arch, kernels in sorted(code.items(), key=lambda item: int(item[0].rstrip("a"))):
+        launched = launches(args.launches, arch)
         for name, facts in kernels.items():
-            rows.setdefault(titles[name], {})[arch] = row_of(
-                arch, facts, launched[arch].get(titles[name], {})
-            )
-    version = re.search(r"release \S+, (\S+)", run([find_tool("nvcc"), "--version"]).stdout)
-    report = {"nvcc": version[1] if version else "", "kernels": dict(sorted(rows.items()))}
+            rows.setdefault(titles[name], {})[arch] = row_of(arch, facts, launched.get(titles[name], {}))
+    report = {"nvcc": nvcc, "kernels": dict(sorted(rows.items()))}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1)
     args.json.write_text(
@@ -298,10 +276,10 @@ def main() -> int:
     )  # an architecture a line
     args.page.write_text(PAGE.format(nvcc=report["nvcc"]) + "\n".join(table(report)))
     print(args.page.read_text())
-    errors = list(problems(compiled, titles))
+    errors = list(problems(code, titles))
     for error in errors:
         print(f"error: {error}")
-    print(f"{len(rows)} kernels, {len(compiled)} compilations, {len(errors)} errors; {args.json}")
+    print(f"{len(rows)} kernels, {len(errors)} errors; {args.json}")
     return 1 if errors or not rows else 0
 
 

@@ -1,30 +1,28 @@
 #!/usr/bin/env bash
 # Everything that can be said of the CUDA kernels without a GPU: device tests under all schedules and sanitizers, and
-# every kernel compiled for every architecture and its machine code checked (tests/device/report.py).
+# the machine code of every kernel for every architecture checked (tests/device/report.py).
 # run.sh [plain] [address] [thread] [report]: these parts alone; without names, all of them.
+# The report reads the wheel WHEEL; without this variable one is built.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=build/device
 tests=() report= failed=0
 for part in ${*:-plain address thread report}; do
-  [ "$part" = report ] && report=yes || tests+=("$part")
+  [ "$part" = report ] && report=launches || tests+=("$part")
 done
-make() { cmake --build "$build" --parallel "$(nproc)" --target "$@" -- --quiet; }
 
 cmake -S tests/device -B "$build" -G Ninja > /dev/null
-if [ "$report" ]; then # beside the tests: its longest compilation takes as long as they do
-  make launches
-  python3 tests/device/report.py --launches "$build/launches" --json "$build/compile_report.json" \
-    --page "$build/cuda-kernels.md" > "$build/report.txt" 2>&1 &
-  report=$!
+cmake --build "$build" --parallel "$(nproc)" --target "${tests[@]}" $report -- --quiet
+if [ "$report" ]; then
+  if [ -z "${WHEEL-}" ]; then
+    pip wheel -q --no-deps -Ccmake.define.FASTCOMPAT_CUDA=ON -w "$build" .
+    WHEEL=$(ls -t "$build"/*.whl | head -1)
+  fi
+  python3 tests/device/report.py "$WHEEL" --launches "$build/launches" --json "$build/compile_report.json" \
+    --page "$build/cuda-kernels.md" || failed=1
 fi
 if [ ${#tests[@]} -gt 0 ]; then
-  make "${tests[@]}" || failed=1
   ctest --test-dir "$build" --output-on-failure --parallel "$(nproc)" \
     --tests-regex "\.($(IFS='|'; echo "${tests[*]}"))(\$|\.)" || failed=1
-fi
-if [ "$report" ]; then
-  wait "$report" || failed=1
-  cat "$build/report.txt"
 fi
 exit $failed
