@@ -15,7 +15,7 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 constexpr int64_t kFactorRows = 512;
-constexpr int64_t kFewestLanes = 64;
+constexpr int64_t kFewestLanes = 256;
 constexpr int64_t kBufferBytes = 16ll << 20;   // candidates of one thread
 constexpr int64_t kCachedBytes = 256ll << 10;  // queries that a core's cache holds beside a block of keys
 
@@ -98,7 +98,7 @@ struct Search {
     const int64_t cached = std::max<int64_t>(512, kCachedBytes / lane_bytes);
     const int64_t block = block_of(B, lane_bytes, std::min({fits, share, cached}));
     // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
-    const int64_t items = (B + block - 1) / block % workers == 0 ? 1 : 4 * workers;
+    const int64_t items = (B + block - 1) / block % workers == 0 ? 1 : 2 * workers;
     const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096, items);
     std::vector<Candidate> candidates(plan.splits * B * wanted);
     std::vector<int64_t> found(plan.splits * B);
