@@ -5,18 +5,14 @@ namespace {
 
 constexpr int kFew = 8;  // queries
 
-// products [Q] of a row and Q queries, which lie `stride` apart and end in zeros up to a cache line; returns the row's
-// squared norm if asked to.
-template <int Q, bool NORM>
-inline float multiply_row(const float* row, int64_t dim, const float* queries, int64_t stride, float* products) {
+// products [Q] of a row and Q queries, which lie `stride` apart and end in zeros up to a cache line.
+template <int Q>
+inline void multiply_row(const float* row, int64_t dim, const float* queries, int64_t stride, float* products) {
   constexpr int kSums = Q > 2 ? 2 : 4;  // of a query, so that the additions do not wait for each other
-  F acc[kSums][Q], squares[kSums];
-  for (int u = 0; u < kSums; ++u) {
-    squares[u] = Simd::set1(0.0f);
-    for (F& a : acc[u]) a = Simd::set1(0.0f);
-  }
+  F acc[kSums][Q];
+  for (auto& sums : acc)
+    for (F& a : sums) a = Simd::set1(0.0f);
   const auto add = [&](int u, F key, int64_t d) {
-    if (NORM) squares[u] = Simd::fma(key, key, squares[u]);
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q) acc[u][q] = Simd::fma(key, Simd::load(queries + q * stride + d), acc[u][q]);
   };
@@ -25,12 +21,11 @@ inline float multiply_row(const float* row, int64_t dim, const float* queries, i
 #pragma GCC unroll 4
     for (int u = 0; u < kSums; ++u) add(u, Simd::load(row + d + u * W), d + u * W);
   for (; d < dim; d += W) add(0, Simd::load_first(row + d, static_cast<int>(smaller<int64_t>(W, dim - d))), d);
-  for (int u = 1; u < kSums; ++u) {
-    squares[0] = Simd::add(squares[0], squares[u]);
-    for (int q = 0; q < Q; ++q) acc[0][q] = Simd::add(acc[0][q], acc[u][q]);
+  for (int q = 0; q < Q; ++q) {
+    F sum = acc[0][q];
+    for (int u = 1; u < kSums; ++u) sum = Simd::add(sum, acc[u][q]);
+    products[q] = Simd::sum(sum);
   }
-  for (int q = 0; q < Q; ++q) products[q] = Simd::sum(acc[0][q]);
-  return NORM ? Simd::sum(squares[0]) : 0;
 }
 
 void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
@@ -61,21 +56,14 @@ void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int
         if (first + i + kSoon < keys.count) prefetch_row(keys.matrix, keys.row(first + i + kSoon));
         const int64_t row = keys.row(first + i);
         const float* x = floats_of(keys.matrix, row, line);
-        const auto multiply = [&](auto norm, int q) {
-          float squared = 0;
+        for (int q = 0; q < lanes; q += 4)
           with_count<4>(smaller(lanes - q, 4), [&](auto some) {
-            squared = multiply_row<decltype(some)::value, decltype(norm)::value>(x, dim, queries + (t * L + q) * stride,
-                                                                                 stride, products + i * L + q);
+            multiply_row<decltype(some)::value>(x, dim, queries + (t * L + q) * stride, stride, products + i * L + q);
           });
-          return squared;
-        };
-        if (t == 0) {
-          const float sum = multiply(std::true_type{}, 0);
-          const double squared = sum > kSafeLeast && sum < kSafeMost ? sum : squared_norm(x, dim);
-          if (!(squared < __builtin_inf())) note_bad(bad, row);
-          bounds.set(i, item.metric, dim, squared, 0);
-        }
-        for (int q = t ? 0 : 4; q < lanes; q += 4) multiply(std::false_type{}, q);
+        if (t) continue;
+        const double squared = squared_norm(x, dim);
+        if (!(squared < __builtin_inf())) note_bad(bad, row);
+        bounds.set(i, item.metric, dim, squared, 0);
       }
       if (t == 0) {
         bounds.finish(n, dim, nullptr);

@@ -29,8 +29,6 @@ void squared_norms(const float* panel, int64_t words, float* out) {
   }
 }
 
-constexpr float kSafeLeast = 1e-30f, kSafeMost = 1e37f;  // sums of squares that cannot have lost anything
-
 // Squared norm of a row, +inf or NaN when the row is not finite. In double where float could overflow or underflow.
 inline double squared_norm(const float* row, int64_t dim) {
   F acc[4] = {Simd::set1(0.0f), Simd::set1(0.0f), Simd::set1(0.0f), Simd::set1(0.0f)};
@@ -42,7 +40,7 @@ inline double squared_norm(const float* row, int64_t dim) {
     }
   float sum = Simd::sum(Simd::add(Simd::add(acc[0], acc[1]), Simd::add(acc[2], acc[3])));
   for (; d < dim; ++d) sum += row[d] * row[d];
-  if (sum > kSafeLeast && sum < kSafeMost) return sum;
+  if (sum > 1e-30f && sum < 1e37f) return sum;
   double exact = 0;
   for (d = 0; d < dim; ++d) exact += static_cast<double>(row[d]) * row[d];
   return exact;

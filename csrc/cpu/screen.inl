@@ -46,7 +46,7 @@ struct KeyBounds {
     }
   }
 
-  // No smaller than any of the n rows'.
+  // The largest of n rows. A key that always passes may have NaN, which is left out.
   Blur most(int n) const {
     Blur most{0, 0};
     for (int i = 0; i < n; ++i) {
@@ -86,8 +86,9 @@ struct QueryBounds {
   }
 };
 
-// What a product, with the key's steps done, may at most be so that its score is no better than the lane's bar. It
-// comes from steps backwards, which round; so that it holds, the steps forwards, which only grow, are taken from it.
+// A limit for products after the key's steps: up to it no score is above the lane's bar. The bar taken through the
+// other steps backwards, which round, and a little less; where taking it forwards does not confirm it, -inf. Steps only
+// grow.
 inline F inner_limit(F bar, F multiply, F add, F inverse, const SegmentTerms& s) {
   const auto size = [](F a) { return Simd::max(a, Simd::sub(Simd::set1(0.0f), a)); };
   const F rounding =

@@ -15,7 +15,7 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 constexpr int64_t kFactorRows = 512;
-constexpr int64_t kFewestLanes = 256;
+constexpr int64_t kFewestLanes = 256;          // of a thread, for it to be worth packing all keys
 constexpr int64_t kBufferBytes = 16ll << 20;   // candidates of one thread
 constexpr int64_t kCachedBytes = 256ll << 10;  // queries that a core's cache holds beside a block of keys
 
@@ -92,7 +92,7 @@ struct Search {
     const int workers = threads_for(threads, B, total, dim);
     const int64_t wanted = std::min(k, total), capacity = std::max<int64_t>(2 * wanted, 16);
     const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
-    // Every thread gets a block if it can have enough queries to be worth packing the keys for.
+    // Every thread gets a block where there are queries enough, else a part of the keys.
     const int64_t share = std::max(kFewestLanes, ((B + workers - 1) / workers + kStep - 1) / kStep * kStep);
     const int64_t lane_bytes = (kernel.packed_floats(parts[0].keys) ? 2 : 4) * dim;
     const int64_t cached = std::max<int64_t>(512, kCachedBytes / lane_bytes);

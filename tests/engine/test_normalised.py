@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +12,6 @@ from torch import Tensor
 
 import fastcompat as fc
 from fastcompat._loss_parts import normalised
-
-
-def rows(dtype: torch.dtype = torch.float64) -> Tensor:
-    x = torch.randn(7, 5, dtype=dtype)
-    x[1], x[2], x[3] = 0, x[2] * 1e-14, x[3] * 1e20  # the second and third are shorter than 1e-12
-    return x.requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
@@ -29,7 +26,9 @@ def test_values_and_gradient(dtype: torch.dtype) -> None:
 
 
 def test_rows_that_are_zero_or_almost() -> None:
-    x, g = rows(), torch.randn(7, 5, dtype=torch.float64)
+    x, g = torch.randn(2, 7, 5, dtype=torch.float64)
+    x[1], x[2], x[3] = 0, x[2] * 1e-14, x[3] * 1e20  # rows 1 and 2 are shorter than 1e-12
+    x.requires_grad_()
     (ours,), (theirs,) = (torch.autograd.grad(y, x, g) for y in (normalised(x), F.normalize(x, dim=1)))
     assert normalised(x)[1].eq(0).all()
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
@@ -59,9 +58,6 @@ def test_compiles_without_a_break() -> None:
 
 def test_nothing_stays_in_memory() -> None:
     """The result is saved for backward: no cycle may hold it."""
-    import gc
-    import weakref
-
     gc.disable()
     try:
         x = torch.randn(7, 5, requires_grad=True)
