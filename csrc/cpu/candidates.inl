@@ -10,6 +10,13 @@ struct TopkState {
 
   int64_t at(int64_t q) const { return q * item.room; }
 
+  // From now on a tie may win.
+  void take_any_order() {
+    if (!ids_ascend) return;
+    ids_ascend = false;
+    for (int64_t q = 0; q < item.n_queries; ++q) threshold[q] = just_below(threshold[q]);
+  }
+
   void tighten(int64_t q) {
     const float kth = keep_best(item.scores + at(q), item.ids + at(q), item.found[q], item.k);
     item.found[q] = item.k;

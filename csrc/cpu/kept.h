@@ -18,7 +18,8 @@ inline int64_t blocks_of_part(const Plan& plan) { return (plan.rows + kernels().
 
 inline Kept part_of(const Kept& all, const Plan& plan, int64_t part) {
   const int64_t blocks = part * blocks_of_part(plan);
-  return {all.exps + blocks * kernels().pack_rows * all.queries, all.shifts + blocks * all.queries, all.queries};
+  return {all.exps + blocks * kernels().pack_rows * all.queries, all.shifts + blocks * all.queries, all.queries,
+          all.streamed};
 }
 
 void check_indices(const SoftmaxProblem& problem);

@@ -21,18 +21,25 @@ inline void pack_columns(const RowRange& r, float* panels) {
   }
 }
 
-// terms: [lse][scale * g] of the queries, each up to a multiple of W.
+// Kept exponentials of a block -> coefficients, in the same order. lse and scale * g of the queries, up to a multiple
+// of CHUNK.
 inline void coefficients_of_kept(const KeptItem& item, int64_t block, int n, const float* lse, const float* g,
-                                 float* exps) {
-  for (int64_t q = 0; q < item.query.count; q += W) {
-    const F shift = Simd::load(item.kept.shifts + block * item.kept.queries + q);
-    const F weight = Simd::mul(Simd::load(g + q), exp(Simd::sub(shift, Simd::load(lse + q))));
-    float* at = exps + q / CHUNK * NB * CHUNK + q % CHUNK;
-    for (int i = 0; i < n; ++i) Simd::store(at + i * CHUNK, Simd::mul(Simd::load(at + i * CHUNK), weight));
+                                 float* coefficients) {
+  const float* exps = item.kept.exps + block * NB * item.kept.queries;
+  for (int64_t q = 0; q < item.query.count; q += CHUNK) {
+    F weight[CHUNK / W];
+    for (int v = 0; v < CHUNK / W; ++v) {
+      const F shift = Simd::load(item.kept.shifts + block * item.kept.queries + q + v * W);
+      weight[v] = Simd::mul(Simd::load(g + q + v * W), exp(Simd::sub(shift, Simd::load(lse + q + v * W))));
+    }
+    for (int64_t at = q * NB; at < q * NB + n * CHUNK; at += CHUNK)
+#pragma GCC unroll 8
+      for (int v = 0; v < CHUNK / W; ++v)
+        Simd::store(coefficients + at + v * W, Simd::mul(Simd::load(exps + at + v * W), weight[v]));
   }
   const auto set = [&](const int64_t* key, int64_t q, float value) {
     const int64_t i = position_of(item.keys, key[q]) - block * NB;
-    if (i >= 0 && i < n) exps[(q / CHUNK * NB + i) * CHUNK + q % CHUNK] = value;
+    if (i >= 0 && i < n) coefficients[(q / CHUNK * NB + i) * CHUNK + q % CHUNK] = value;
   };
   for (int64_t q = 0; q < item.query.count; ++q) {
     set(item.positive, q, item.scale * item.g_pos[q]);
@@ -40,17 +47,21 @@ inline void coefficients_of_kept(const KeptItem& item, int64_t block, int n, con
   }
 }
 
-// Adds R rows of sums to their keys' gradients, or puts them there; columns in one strip.
+// Adds R rows of sums to their keys' gradients, or puts them there; columns in one strip. `next` is fetched, which will
+// be wanted when the other rows of the block have been added.
 template <int R>
-inline void add_tile(const F (&acc)[R][NV], float* out, int64_t dim, int64_t width, bool add) {
+inline __attribute__((always_inline)) void add_tile(const F (&acc)[R][NV], float* out, int64_t dim, int64_t width,
+                                                    bool add, int64_t next) {
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r, out += dim) {
-    __builtin_prefetch(out + L, 1);
+    __builtin_prefetch(out + next, 1);
     if (width < L) {
       float line[L];
       for (int v = 0; v < NV; ++v) Simd::store(line + v * W, acc[r][v]);
       for (int64_t d = 0; d < width; ++d) out[d] = add ? out[d] + line[d] : line[d];
       continue;
     }
+#pragma GCC unroll 4
     for (int v = 0; v < NV; ++v)
       Simd::store(out + v * W, add ? Simd::add(Simd::load(out + v * W), acc[r][v]) : acc[r][v]);
   }
@@ -59,6 +70,7 @@ inline void add_tile(const F (&acc)[R][NV], float* out, int64_t dim, int64_t wid
 void kept_item(const KeptItem& item, Workspace& ws) {
   const int64_t queries = item.query.count, dim = item.keys.matrix.dim, strips = (dim + L - 1) / L;
   float* panels = ws.floats(kLanes, strips * queries * L);
+  float* coefficients = ws.floats(kRows, NB * item.kept.queries);
   float* lse = ws.floats(kMisc, 2 * item.kept.queries);
   float* g = lse + item.kept.queries;
   pack_columns(item.query, panels);
@@ -68,15 +80,15 @@ void kept_item(const KeptItem& item, Workspace& ws) {
   }
   for (int64_t first = 0; first < item.keys.count; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(item.keys.count - first, NB));
-    float* exps = item.kept.exps + first * item.kept.queries;
-    coefficients_of_kept(item, first / NB, n, lse, g, exps);
+    coefficients_of_kept(item, first / NB, n, lse, g, coefficients);
     for (int64_t t = 0; t < strips; ++t)
       for (int row = 0; row < n; row += MR)
         with_count<MR>(smaller(n - row, MR), [&](auto rows) {
           constexpr int R = decltype(rows)::value;
           F acc[R][NV];
-          score_tile<Fp32, R>(exps, row, panels + t * queries * L, queries, acc);
-          add_tile<R>(acc, item.dkeys + item.keys.row(first + row) * dim + t * L, dim, dim - t * L, item.add);
+          score_tile<Fp32, R>(coefficients, row, panels + t * queries * L, queries, acc);
+          add_tile<R>(acc, item.dkeys + item.keys.row(first + row) * dim + t * L, dim, dim - t * L, item.add,
+                      t + 1 < strips ? L : NB * dim - t * L);
         });
   }
 }

@@ -7,6 +7,9 @@
 
 namespace fastcompat {
 
+// Fresh memory of many megabytes costs a fault for every page, as much as several percent of a loss. Advice only.
+void prefer_large_pages(void* memory, int64_t bytes);
+
 // Scratch memory of one thread; a slot keeps its buffer for the next item. Throws std::bad_alloc.
 class Workspace {
  public:
@@ -37,6 +40,7 @@ struct Kept {
   float* exps;      // [block of keys][64 queries][key][64]: exp(z - shift), 0 for a pair that is left out
   float* shifts;    // [block of keys][queries]
   int64_t queries;  // room for them: a multiple of 64
+  bool streamed;    // more than caches hold: written past them
 };
 
 // Statistics (and mean key) of some queries against some keys. Outputs are indexed by the query's row.

@@ -29,6 +29,9 @@ void squared_norms(const float* panel, int64_t words, float* out) {
   }
 }
 
+// A squared norm that float arithmetic can be trusted with.
+inline bool ordinary(float squared) { return squared > 1e-30f && squared < 1e37f; }
+
 // Squared norm of a row, +inf or NaN when the row is not finite. In double where float could overflow or underflow.
 inline double squared_norm(const float* row, int64_t dim) {
   F acc[4] = {Simd::set1(0.0f), Simd::set1(0.0f), Simd::set1(0.0f), Simd::set1(0.0f)};
@@ -40,7 +43,7 @@ inline double squared_norm(const float* row, int64_t dim) {
     }
   float sum = Simd::sum(Simd::add(Simd::add(acc[0], acc[1]), Simd::add(acc[2], acc[3])));
   for (; d < dim; ++d) sum += row[d] * row[d];
-  if (sum > 1e-30f && sum < 1e37f) return sum;
+  if (ordinary(sum)) return sum;
   double exact = 0;
   for (d = 0; d < dim; ++d) exact += static_cast<double>(row[d]) * row[d];
   return exact;

@@ -30,6 +30,8 @@ struct KeyBounds {
   explicit KeyBounds(float* memory)
       : multiply(memory), norm(memory + NB), slack(memory + 2 * NB), high(memory + 3 * NB), low(memory + 4 * NB) {}
 
+  KeyBounds from(int row) const { return KeyBounds(multiply + row); }
+
   // Row i: its squared norm, and the squared norm of what rounding took away.
   void set(int i, Metric metric, int64_t dim, double squared, float lost) {
     norm[i] = static_cast<float>(squared);

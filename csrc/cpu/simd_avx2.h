@@ -14,6 +14,9 @@ struct Simd {
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  // Past the caches, to an address aligned to a vector; other threads may read after end_of_stream().
+  static void stream(float* p, F a) { _mm256_stream_ps(p, a); }
+  static void end_of_stream() { _mm_sfence(); }
   // The first n < W numbers, then zeros.
   static F load_first(const float* p, int n) {
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(set1(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0)));

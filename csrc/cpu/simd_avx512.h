@@ -14,6 +14,9 @@ struct Simd {
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  // Past the caches, to an address aligned to a vector; other threads may read after end_of_stream().
+  static void stream(float* p, F a) { _mm512_stream_ps(p, a); }
+  static void end_of_stream() { _mm_sfence(); }
   // The first n < W numbers, then zeros.
   static F load_first(const float* p, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
   static F set1(float a) { return _mm512_set1_ps(a); }

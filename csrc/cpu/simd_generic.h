@@ -20,6 +20,8 @@ struct Simd {
     return a;
   }
   static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+  static void stream(float* p, F a) { store(p, a); }
+  static void end_of_stream() {}
   // The first n < W numbers, then zeros.
   static F load_first(const float* p, int n) {
     F a = {};

@@ -115,7 +115,11 @@ inline void exponentials(StripState& s, float* z, int n) {
 inline void keep(const Kept& kept, int64_t block, int64_t query, const StripState& s, const float* z, int n) {
   static_assert(CHUNK % L == 0, "a strip of queries lies in one chunk");
   float* out = kept.exps + block * NB * kept.queries + query / CHUNK * NB * CHUNK + query % CHUNK;
-  for (int i = 0; i < n; ++i) std::memcpy(out + i * CHUNK, z + i * L, L * sizeof(float));
+  for (int i = 0; i < n; ++i)
+    for (int v = 0; v < NV; ++v) {
+      const F exps = Simd::load(z + i * L + v * W);
+      kept.streamed ? Simd::stream(out + i * CHUNK + v * W, exps) : Simd::store(out + i * CHUNK + v * W, exps);
+    }
   for (int v = 0; v < NV; ++v)
     Simd::store(kept.shifts + block * kept.queries + query + v * W, shift_of(Simd::load(s.max + v * W)));
 }
@@ -178,6 +182,7 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
                        means ? means + t * padded(dim) * L : nullptr, z, {keys, first + NB, t, strips});
     }
   }
+  if (item.kept.streamed) Simd::end_of_stream();
 
   for (int t = 0; t < strips; ++t) {
     const float* found = means ? unpack_lanes(means + t * padded(dim) * L, dim, ws) : nullptr;

@@ -15,6 +15,7 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kKeptBytes = 32ll << 20;
+constexpr int64_t kCachedBytes = 8ll << 20;
 constexpr int64_t kFewest = 128;  // queries whose exponentials must fit, for a pass to be worth its traffic
 
 SoftmaxProblem rows_of(const SoftmaxProblem& p, int64_t first, int64_t count) {
@@ -101,13 +102,14 @@ void softmax_loss(const SoftmaxProblem& p, bool mean, float* loss, void* dquery,
   std::vector<float> means(dquery && !f32 ? B * D : 0);
   Workspace memory;
   Kept kept{};
+  if (keeping) prefer_large_pages(dkeys, p.keys.rows * D * 4);
   double total = 0, weight = 1;
   for (int64_t first = 0; first == 0 || first < B; first += pass) {
     const SoftmaxProblem part = rows_of(p, first, std::min(pass, B - first));
     const Plan plan = forward_plan(part, dquery != nullptr, keeping != 0);
     if (keeping && first == 0) {
-      const int64_t blocks = plan.splits * blocks_of_part(plan);
-      kept = {memory.floats(0, blocks * kernels().pack_rows * pass), memory.floats(1, blocks * pass), pass};
+      const int64_t blocks = plan.splits * blocks_of_part(plan), count = blocks * kernels().pack_rows * pass;
+      kept = {memory.floats(0, count), memory.floats(1, blocks * pass), pass, 4 * count > kCachedBytes};
     }
     void* out = dquery ? static_cast<char*>(dquery) + first * D * (f32 ? 4 : 2) : nullptr;
     float* mean_key = f32 ? static_cast<float*>(out) : means.data();

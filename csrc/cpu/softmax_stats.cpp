@@ -272,6 +272,7 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
   const Plan plan(N, B, block_of(N, 8 * D), N * (dkeys ? D + 1 : 1) * 4, kSmallestPart / 2, kItems / 4);
   const bool split = plan.splits > 1;
   std::vector<float> sums(split && dkeys ? plan.splits * N * D : 0), bias(split && dbias ? plan.splits * N : 0);
+  if (dkeys) prefer_large_pages(dkeys, N * D * (p.keys.dtype == DType::f32 ? 4 : 2));
   if (dbias) std::fill(dbias, dbias + N, 0.0f);
   threads = threads_for(threads, N, B, D);
   parallel_for(plan.items(), threads, [&](int64_t n, Workspace& ws) {

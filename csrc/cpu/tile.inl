@@ -94,7 +94,9 @@ inline void to_floats(float* out, const Matrix& m, int64_t row, int64_t from, in
   const void* p = row_pointer(m, row);
   int64_t d = 0;
   if (m.dtype == DType::f32) {
-    std::memcpy(out, static_cast<const float*>(p) + from, static_cast<size_t>(n) * sizeof(float));
+    const float* in = static_cast<const float*>(p) + from;
+    for (; d + W <= n; d += W) Simd::store(out + d, Simd::load(in + d));
+    for (; d < n; ++d) out[d] = in[d];
   } else if (m.dtype == DType::bf16) {
     const uint16_t* h = static_cast<const uint16_t*>(p) + from;
     for (; d + W <= n; d += W) Simd::store(out + d, Simd::load_bf16(h + d));
@@ -301,31 +303,44 @@ inline __attribute__((always_inline)) void clear(F (&acc)[R][NV]) {
     for (int v = 0; v < NV; ++v) acc[r][v] = Simd::set1(0.0f);
 }
 
+// acc += products of the words from .. to of R rows of a packed block, from row `first`, with the L lanes of a panel.
+template <class A, int R>
+inline __attribute__((always_inline)) void add_scores(const float* block, int first, const float* panel, int64_t from,
+                                                      int64_t to, F (&acc)[R][NV]) {
+  for (int64_t w = from; w < to; w += CHUNK)
+    multiply<A, R, false>(block + w * NB + first * CHUNK, panel + w * L, smaller<int64_t>(to - w, CHUNK), acc);
+}
+
 // Scores of R rows of a packed block, from row `first`, with the L lanes of a panel.
 template <class A, int R>
 inline __attribute__((always_inline)) void score_tile(const float* block, int first, const float* panel, int64_t words,
                                                       F (&acc)[R][NV]) {
   clear(acc);
-  for (int64_t c = 0; c * CHUNK < words; ++c)
-    multiply<A, R, false>(block + (c * NB + first) * CHUNK, panel + c * CHUNK * L,
-                          smaller<int64_t>(words - c * CHUNK, CHUNK), acc);
+  add_scores<A, R>(block, first, panel, 0, words, acc);
 }
 
 // scores [n][L] of a whole packed block; meanwhile fetches part t of `strips` of the next one.
 template <class A>
 void score_block(const float* block, int n, const float* panel, int64_t words, float* scores, const Ahead& ahead) {
-  for (int first = 0; first < n; first += MR) {
-    ahead.fetch(first / MR);
-    with_count<MR>(smaller(n - first, MR), [&](auto rows) {
-      constexpr int R = decltype(rows)::value;
-      F acc[R][NV];
-      score_tile<A, R>(block, first, panel, words, acc);
+  constexpr int64_t kWords = 256;  // of a panel, which stay in the first cache while the rows pass
+  for (int64_t from = 0; from == 0 || from < words; from += kWords)
+    for (int first = 0; first < n; first += MR) {
+      if (from == 0) ahead.fetch(first / MR);
+      with_count<MR>(smaller(n - first, MR), [&](auto rows) {
+        constexpr int R = decltype(rows)::value;
+        float* out = scores + first * L;
+        F acc[R][NV];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) Simd::store(scores + (first + r) * L + v * W, acc[r][v]);
-    });
-  }
+          for (int v = 0; v < NV; ++v) acc[r][v] = from ? Simd::load(out + r * L + v * W) : Simd::set1(0.0f);
+        add_scores<A, R>(block, first, panel, from, smaller(words, from + kWords), acc);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) Simd::store(out + r * L + v * W, acc[r][v]);
+      });
+    }
 }
 
 // out [dim][L] += sum over the rows of a block of row[dim] * weights[row][L]; rows and weights in words of A::PACK

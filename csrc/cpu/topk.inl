@@ -115,10 +115,7 @@ void topk_item(const TopkItem& item, Workspace& ws) {
     const int64_t begin = block_at(item.begin), end = smaller(block_at(item.end), s.count);
     start += s.count;
     if (begin >= end) continue;
-    if (!first_touched && state.ids_ascend) {
-      state.ids_ascend = false;
-      for (int64_t q = 0; q < item.n_queries; ++q) threshold[q] = just_below(threshold[q]);
-    }
+    if (!first_touched) state.take_any_order();
     first_touched = false;
     search_segment(item, s, begin, end, candidates, item.bad + i, ws);
   }

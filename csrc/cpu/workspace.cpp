@@ -2,8 +2,20 @@
 #include <new>
 
 #include "kernels.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace fastcompat {
+
+void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + static_cast<uintptr_t>(bytes);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 Workspace::~Workspace() {
   for (void* p : data_) std::free(p);
@@ -16,6 +28,7 @@ float* Workspace::floats(int slot, int64_t count) {
     data_[slot] = nullptr;
     capacity_[slot] = 0;
     if (posix_memalign(&data_[slot], 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+    prefer_large_pages(data_[slot], bytes);
     capacity_[slot] = bytes;
   }
   return static_cast<float*>(data_[slot]);

@@ -142,6 +142,15 @@ HOSTILE: tuple[Callable[[int, int], Tensor], ...] = (
 )
 
 
+@pytest.mark.parametrize("queries", [1, 3, 8])
+@pytest.mark.parametrize("metric", METRICS)
+def test_few_queries_give_ties_to_the_smallest_ids(queries: int, metric: str) -> None:
+    """Bounds of zero scores leave no room, and few queries do not take the keys in their order."""
+    keys = torch.zeros(4000, 20)
+    keys[:1900] = -torch.rand(1900, 20)  # worse than the ties after them
+    check(torch.rand(queries, 20), keys, 7, metric)
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 @settings(max_examples=9)
 @given(data=st.data())

@@ -47,6 +47,10 @@ EMULATED void _mm512_storeu_ps(float* p, const __m512& a) {
   _mm256_storeu_ps(p, a.half[0]);
   _mm256_storeu_ps(p + 8, a.half[1]);
 }
+EMULATED void _mm512_stream_ps(float* p, const __m512& a) {
+  _mm256_stream_ps(p, a.half[0]);
+  _mm256_stream_ps(p + 8, a.half[1]);
+}
 
 EMULATED __m512i _mm512_loadu_si512(const void* p) {
   const __m256i* halves = static_cast<const __m256i*>(p);
