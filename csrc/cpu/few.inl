@@ -90,7 +90,7 @@ void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int
           add(stream * kRows + i, keys.row(position));
         }
     bounds.finish(NB, dim, nullptr);
-    const Blur most = bounds.most(NB);
+    const Blur most = bounds.most(NB);  // rows left from the block before only make it larger
     for (int stream = 0; stream < kStreams; ++stream)
       screening.block<false>(bounds.from(stream * kRows), most, products + stream * kRows * L, first[stream], n[stream],
                              strip, 0);

@@ -1,7 +1,7 @@
 // The key gradient from kept exponentials: dkey_j = sum_i c_ij query_i, c_ij = scale * g_i * exp(z_ij - lse_i).
-// Floor: 2*B*N*D operations at the FMA peak. Exponentials turn into coefficients in place; kept as packed rows, they
-// are one operand of the product as they lie, and the queries' columns, packed as lanes, are the other. Read twice:
-// the sums, once per pass over the queries; fetched ahead.
+// Floor: 2*B*N*D operations at the FMA peak. A block's exponentials become coefficients in a buffer that the caches
+// hold; packed rows as they are, these are one operand of the product, and the queries' columns, packed as lanes, the
+// other. Read twice: the sums, once per pass over the queries; fetched ahead.
 
 namespace {
 

@@ -79,7 +79,7 @@ struct GradientItem {
 // The gradient of some float32 keys from the exponentials that a forward pass over all these queries kept.
 struct KeptItem {
   RowRange query, keys;
-  Kept kept;  // of these keys; its exponentials become the coefficients
+  Kept kept;  // of these keys
   float scale;
   const float *neg_lse, *g_neg;  // [queries]; an empty set has lse = +inf and gradient 0
   const float* g_pos;

@@ -15,7 +15,7 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kKeptBytes = 32ll << 20;
-constexpr int64_t kCachedBytes = 8ll << 20;
+constexpr int64_t kStreamedBytes = 8ll << 20;  // more than this is read from memory anyway
 constexpr int64_t kFewest = 128;  // queries whose exponentials must fit, for a pass to be worth its traffic
 
 SoftmaxProblem rows_of(const SoftmaxProblem& p, int64_t first, int64_t count) {
@@ -109,7 +109,7 @@ void softmax_loss(const SoftmaxProblem& p, bool mean, float* loss, void* dquery,
     const Plan plan = forward_plan(part, dquery != nullptr, keeping != 0);
     if (keeping && first == 0) {
       const int64_t blocks = plan.splits * blocks_of_part(plan), count = blocks * kernels().pack_rows * pass;
-      kept = {memory.floats(0, count), memory.floats(1, blocks * pass), pass, 4 * count > kCachedBytes};
+      kept = {memory.floats(0, count), memory.floats(1, blocks * pass), pass, 4 * count > kStreamedBytes};
     }
     void* out = dquery ? static_cast<char*>(dquery) + first * D * (f32 ? 4 : 2) : nullptr;
     float* mean_key = f32 ? static_cast<float*>(out) : means.data();
