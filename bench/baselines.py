@@ -123,6 +123,6 @@ BASELINES: dict[str, dict[str, Callable[[Inputs], Call]]] = {
 
 def build(side: str, kind: str, x: Inputs) -> Call:
     """Return the timed call of one side."""
-    if side == "ours":
+    if side in ("ours", "one thread"):
         return lambda: OURS[kind](x)
     return BASELINES[side][kind](x)

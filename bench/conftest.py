@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
 from cases import table
-from machine import describe, peaks
+from machine import Speed, describe, peaks, speed
 from side import CONTEXT
 
 MEASURED_PEAKS = pytest.StashKey[dict[int, dict[str, float]]]()
@@ -39,6 +40,13 @@ def peak(request: pytest.FixtureRequest, threads: int) -> dict[str, float]:
         with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
             known[threads] = pool.submit(peaks, threads).result()
     return known[threads]
+
+
+@pytest.fixture(scope="session")
+def machine_speed(threads: int) -> Iterator[Speed]:
+    """Return what tells how fast the machine is at this moment."""
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
+        yield Speed(lambda: pool.submit(speed, threads).result())
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ import fastcompat as fc
 
 PACKAGES = {"fastcompat": "fastcompat", "torch": "torch", "numpy": "numpy", "faiss": "faiss-cpu"}
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+QUIET = 0.9  # of the best speed seen: below it a round waits
 HOPELESS = 5.0  # GF/s; torch multiplies bf16 one by one where the processor has no instruction for it
+SPEED_S = 0.02
 BURST_S = 0.1  # length of one peak measurement; the best of several counts
 
 
@@ -59,6 +61,37 @@ def peaks(threads: int) -> dict[str, float]:
     return rates
 
 
+class Speed:
+    """How fast the machine is at this moment: neighbours take caches and memory, not only processors."""
+
+    def __init__(self, measure: Callable[[], tuple[float, ...]]) -> None:
+        """`measure` is `speed` in a process of its own."""
+        self._measure = measure
+        self._best: tuple[float, ...] = ()
+
+    def when_quiet(self, until: float) -> tuple[float, ...]:
+        """Return the rates as soon as each is near its best, or at the time `until`."""
+        while True:
+            rates = self._measure()
+            self._best = tuple(map(max, rates, self._best or rates))
+            quiet = all(rate >= QUIET * best for rate, best in zip(rates, self._best, strict=True))
+            if quiet or time.monotonic() > until:
+                return rates
+            time.sleep(0.2)
+
+
+def speed(threads: int) -> tuple[float, float]:
+    """Return GF/s of a product that the caches hold and GB/s of reads, in a short moment."""
+    torch.set_num_threads(threads)
+    a, x = _yardsticks()
+    return tuple(_rate(partial(work, y), SPEED_S) / 1e9 for work, y in ((_product, a), (_read, x)))  # type: ignore[return-value]
+
+
+@cache
+def _yardsticks() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(512, 512), torch.ones(25_600_000)
+
+
 def _read(x: torch.Tensor) -> float:
     x.sum()
     return float(x.nbytes)
@@ -70,13 +103,14 @@ def _product(a: torch.Tensor) -> float:
 
 
 def _best(work: Callable[[], float]) -> float:
-    best = 0.0
-    for _ in range(5):
-        start, operations = time.perf_counter(), 0.0
-        while time.perf_counter() - start < BURST_S:
-            operations += work()
-        best = max(best, operations / (time.perf_counter() - start))
-    return best / 1e9
+    return max(_rate(work, BURST_S) for _ in range(5)) / 1e9
+
+
+def _rate(work: Callable[[], float], seconds: float) -> float:
+    start, done = time.perf_counter(), 0.0
+    while time.perf_counter() - start < seconds:
+        done += work()
+    return done / (time.perf_counter() - start)
 
 
 def _on_threads(function: Any, threads: int) -> float:

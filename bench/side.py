@@ -25,6 +25,7 @@ CONTEXT.set_forkserver_preload(["__main__", "side", "torch._dynamo"])
 
 TIMED_S = 0.05  # a timing repeats the call for at least this long
 SLOW_S = 6.0  # a call slower than this is called once in all, and that call is its timing
+SETTLE_S = 0.02  # the OpenMP threads of the side before spin for some milliseconds
 SAMPLE = 1024  # rows of a result that are compared
 
 
@@ -45,6 +46,7 @@ class Side:
     def round(self) -> float:
         """Time one round; a slow side keeps the time of its first call."""
         if not self.slow:
+            time.sleep(SETTLE_S)
             self._connection.send("time")
             self.seconds.append(self._receive())
         return self.seconds[-1]
@@ -71,7 +73,7 @@ class Side:
 
 def _serve(connection: Connection, case: Case, name: str, threads: int) -> None:
     try:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1 if name == "one thread" else threads)
         compiled = name == "compile"
         if not compiled:  # a second shape would make the compiled code dynamic
             build(name, case.kind, inputs(case.tiny()))()

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from statistics import median
 from typing import Any
 
 MIB = 1 << 20
@@ -30,7 +31,6 @@ TARGET_SIZE = [1024, 65_536]  # of the losses
 # Of eager torch's peak extra memory, results not counted. Eager reaches that peak, three matrices of logits,
 # before it has results: it is the same with the keys frozen and without.
 MEMORY_SHARE = 0.05
-TWO_THREADS = 1.8  # one thread's time over two threads'
 Case = dict[str, Any]
 
 
@@ -72,7 +72,6 @@ def cell(value: str, wanted: str, met: bool) -> str:
 def targets(everything: list[Case]) -> Iterator[str]:
     """Yield every target with the figure that was measured, dimension by dimension."""
     cells: dict[tuple[str, str, str], dict[int, str]] = defaultdict(dict)
-    single = {(c["kind"], c["dtype"], *c["shape"]): c for c in everything if c["threads"] == 1}
     for case in everything:
         name, threads, dim = title(case), str(case["threads"]), case["shape"][2]
         sides, mine = case["sides"], case["sides"]["ours"]
@@ -97,11 +96,6 @@ def targets(everything: list[Case]) -> Iterator[str]:
             share = (mine["peak_extra"] - case["output_bytes"]) / sides["eager"]["peak_extra"]
             within = share <= MEMORY_SHARE
             cells[name, "eager's memory", threads][dim] = cell(f"{share:.1%}", f"{MEMORY_SHARE:.0%}", within)
-        alone = single.get((case["kind"], case["dtype"], *case["shape"]))
-        if case["threads"] == 2 and alone and (trained or case["kind"] == "topk_ip"):
-            ratio = alone["sides"]["ours"]["median"] / mine["median"]
-            met = reached(ratio, TWO_THREADS)
-            cells[name, "one thread", threads][dim] = cell(f"{ratio:.2f}", f"{TWO_THREADS}", met)
     dims = sorted({dim for found in cells.values() for dim in found})
     header = ["case", "against", "threads", *(f"D={dim}" for dim in dims)]
     return rows(header, ([*key, *(found.get(dim, "") for dim in dims)] for key, found in cells.items()))
@@ -128,8 +122,10 @@ def ratios(cases: list[Case]) -> Iterator[str]:
 
 
 def floors(cases: list[Case]) -> Iterator[str]:
-    """Yield our times beside the time of the same operations at the measured peak."""
+    """Yield our times, those of the same operations at the measured peak, and how fast the machine was."""
     body = []
+    speeds = [rates for case in cases for rates in case.get("speeds", [])]
+    best = [max(rates) for rates in zip(*speeds, strict=True)]
     for case in cases:
         seconds, operations = case["sides"]["ours"]["median"], case["operations"]
         cells = [title(case), str(case["shape"][2]), f"{seconds * 1e3:.4g}"]
@@ -138,8 +134,13 @@ def floors(cases: list[Case]) -> Iterator[str]:
             floor = operations / peak / 1e9
             rate = operations / seconds / 1e9
             cells += [f"{floor * 1e3:.4g}", f"{seconds / floor:.2f}", f"{rate:.0f}", f"{rate / peak:.0%}"]
-        body.append(cells + [""] * (7 - len(cells)))
-    return rows(["case", "D", "ours ms", "floor ms", "time / floor", "GF/s", "of peak"], body)
+        cells += [""] * (7 - len(cells))
+        if best:
+            moments = zip(*case["speeds"], strict=True)
+            cells.append(" ".join(f"{median(m) / b:.0%}" for m, b in zip(moments, best, strict=True)))
+        body.append(cells)
+    header = ["case", "D", "ours ms", "floor ms", "time / floor", "GF/s", "of peak"]
+    return rows([*header, "machine"] if best else header, body)
 
 
 def best_peak(case: Case) -> float:

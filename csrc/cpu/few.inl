@@ -1,42 +1,58 @@
 // The screen of a few queries, for which the keys' way from memory is the limit: fp32 products of rows where they lie,
 // nothing packed. The additions of a pair come in another order than in the score, so here too a bound decides. Rows
-// are taken in turn from two places, since the memory feeds two streams quicker than one.
+// are taken in step from four places: the processor fetches each of them by itself, sooner than when it is told to.
 
 namespace {
 
-constexpr int kFew = 8;      // queries
-constexpr int kStreams = 2;  // places where rows are read
+constexpr int kFew = 8;       // queries
+constexpr int kStreams = 4;   // places where rows are read
+constexpr int kTogether = 2;  // queries whose sums with so many rows the registers hold
 static_assert(kFew <= L && NB % kStreams == 0);
 
-// products [Q] of a row and Q queries, which lie `stride` apart and end in zeros up to a cache line. Returns the row's
-// squared norm, where NORM.
-template <int Q, bool NORM>
-inline float multiply_row(const float* row, int64_t dim, const float* queries, int64_t stride, float* products) {
-  constexpr int kSums = Q > 2 ? 2 : 4;  // of a query, so that the additions do not wait for each other
-  F acc[kSums][Q + 1];
-  for (auto& sums : acc)
-    for (F& a : sums) a = Simd::set1(0.0f);
-  const auto add = [&](int u, F key, int64_t d) {
-#pragma GCC unroll 4
-    for (int q = 0; q < Q; ++q) acc[u][q] = Simd::fma(key, Simd::load(queries + q * stride + d), acc[u][q]);
-    if (NORM) acc[u][Q] = Simd::fma(key, key, acc[u][Q]);
-  };
-  const auto sum = [&](int q) {
-    F total = acc[0][q];
-    for (int u = 1; u < kSums; ++u) total = Simd::add(total, acc[u][q]);
-    return Simd::sum(total);
-  };
-  int64_t d = 0;
-  for (; d + kSums * W <= dim; d += kSums * W)
-#pragma GCC unroll 4
-    for (int u = 0; u < kSums; ++u) add(u, Simd::load(row + d + u * W), d + u * W);
-  for (; d < dim; d += W) add(0, Simd::load_first(row + d, static_cast<int>(smaller<int64_t>(W, dim - d))), d);
-  for (int q = 0; q < Q; ++q) products[q] = sum(q);
-  return NORM ? sum(Q) : 0.0f;
+template <DType T>
+inline F load_numbers(const void* row, int64_t d) {
+  if constexpr (T == DType::f32)
+    return Simd::load(static_cast<const float*>(row) + d);
+  else if constexpr (T == DType::bf16)
+    return Simd::load_bf16(static_cast<const uint16_t*>(row) + d);
+  else
+    return Simd::load_f16(static_cast<const uint16_t*>(row) + d);
 }
 
-void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
-                int64_t* bad, Workspace& ws) {
+// Products of kStreams rows, `apart` from each other, and Q queries, which lie `stride` apart and end in zeros up to a
+// cache line; where NORM, also the rows' squared norms.
+template <DType T, int Q, bool NORM>
+inline void multiply_rows(const Matrix& keys, const int64_t (&rows)[kStreams], const float* queries, int64_t stride,
+                          float* products, int64_t apart, float* norms) {
+  F acc[kStreams][Q + 1];
+  const void* data[kStreams];
+  for (int r = 0; r < kStreams; ++r) {
+    data[r] = row_pointer(keys, rows[r]);
+    for (F& a : acc[r]) a = Simd::set1(0.0f);
+  }
+  const auto add = [&](int r, F key, int64_t d) {
+#pragma GCC unroll 2
+    for (int q = 0; q < Q; ++q) acc[r][q] = Simd::fma(key, Simd::load(queries + q * stride + d), acc[r][q]);
+    if (NORM) acc[r][Q] = Simd::fma(key, key, acc[r][Q]);
+  };
+  int64_t d = 0;
+  for (; d + W <= keys.dim; d += W)
+#pragma GCC unroll 4
+    for (int r = 0; r < kStreams; ++r) add(r, load_numbers<T>(data[r], d), d);
+  for (int r = 0; d < keys.dim && r < kStreams; ++r) {
+    float last[W] = {};
+    to_floats(last, keys, rows[r], d, keys.dim - d);
+    add(r, Simd::load(last), d);
+  }
+  for (int r = 0; r < kStreams; ++r) {
+    for (int q = 0; q < Q; ++q) products[r * apart + q] = Simd::sum(acc[r][q]);
+    if (NORM) norms[r] = Simd::sum(acc[r][Q]);
+  }
+}
+
+template <DType T>
+void screen_few_of(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
+                   int64_t* bad, Workspace& ws) {
   const int64_t dim = s.query.dim, stride = padded(dim);
   const int n_queries = static_cast<int>(item.n_queries);
   float* queries = ws.floats(kLanes, n_queries * stride);
@@ -57,21 +73,6 @@ void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int
   Screening screening(candidates, s);
   candidates.state.take_any_order();
   const RowRange keys{s.keys, s.rows, 0, s.count};
-  const auto add = [&](int i, int64_t row) {
-    const float* x = floats_of(keys.matrix, row, line);
-    float norm = 0;
-    for (int q = 0; q < n_queries; q += 4)
-      with_count<4>(smaller(n_queries - q, 4), [&](auto some) {
-        constexpr int Q = decltype(some)::value;
-        if (q)
-          multiply_row<Q, false>(x, dim, queries + q * stride, stride, products + i * L + q);
-        else
-          norm = multiply_row<Q, true>(x, dim, queries, stride, products + i * L);
-      });
-    const double squared = ordinary(norm) ? norm : squared_norm(x, dim);
-    if (!(squared < __builtin_inf())) note_bad(bad, row);
-    bounds.set(i, item.metric, dim, squared, 0);
-  };
   constexpr int kRows = NB / kStreams;  // of a stream in a block
   const int64_t part = (end - begin + kStreams - 1) / kStreams;
   for (int64_t from = 0; from < part; from += kRows) {
@@ -82,19 +83,42 @@ void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int
       const int64_t stop = smaller(begin + (stream + 1) * part, end);
       n[stream] = static_cast<int>(smaller<int64_t>(stop - smaller(first[stream], stop), kRows));
     }
-    for (int i = 0; i < kRows; ++i)
-      for (int stream = 0; stream < kStreams; ++stream)
-        if (i < n[stream]) {
-          const int64_t position = first[stream] + i;
-          if (position + kSoon < s.count) prefetch_row(keys.matrix, keys.row(position + kSoon));
-          add(stream * kRows + i, keys.row(position));
-        }
+    for (int i = 0; i < n[0]; ++i) {
+      int64_t rows[kStreams];
+      float norms[kStreams];
+      for (int stream = 0; stream < kStreams; ++stream) rows[stream] = keys.row(first[i < n[stream] ? stream : 0] + i);
+      for (int q = 0; q < n_queries; q += kTogether)
+        with_count<kTogether>(smaller(n_queries - q, kTogether), [&](auto some) {
+          constexpr int Q = decltype(some)::value;
+          float* out = products + i * L + q;
+          if (q)
+            multiply_rows<T, Q, false>(s.keys, rows, queries + q * stride, stride, out, kRows * L, nullptr);
+          else
+            multiply_rows<T, Q, true>(s.keys, rows, queries, stride, out, kRows * L, norms);
+        });
+      for (int stream = 0; stream < kStreams; ++stream) {
+        if (i >= n[stream]) continue;
+        const int64_t row = rows[stream];
+        const double squared =
+            ordinary(norms[stream]) ? norms[stream] : squared_norm(floats_of(s.keys, row, line), dim);
+        if (!(squared < __builtin_inf())) note_bad(bad, row);
+        bounds.set(stream * kRows + i, item.metric, dim, squared, 0);
+      }
+    }
     bounds.finish(NB, dim, nullptr);
     const Blur most = bounds.most(NB);  // rows left from the block before only make it larger
     for (int stream = 0; stream < kStreams; ++stream)
       screening.block<false>(bounds.from(stream * kRows), most, products + stream * kRows * L, first[stream], n[stream],
                              strip, 0);
   }
+}
+
+void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
+                int64_t* bad, Workspace& ws) {
+  const auto screen = s.keys.dtype == DType::f32    ? screen_few_of<DType::f32>
+                      : s.keys.dtype == DType::bf16 ? screen_few_of<DType::bf16>
+                                                    : screen_few_of<DType::f16>;
+  screen(item, s, begin, end, candidates, bad, ws);
 }
 
 }  // namespace
