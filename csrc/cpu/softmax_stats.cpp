@@ -23,6 +23,14 @@ double dot(const float* a, const float* b, int64_t n) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
+// fn(first, end) for the rows of a batch, a few at a time.
+template <class Fn>
+void for_rows(int64_t count, int threads, Fn&& fn) {
+  constexpr int64_t kRows = 64;
+  parallel_for((count + kRows - 1) / kRows, threads,
+               [&](int64_t n, Workspace&) { fn(n * kRows, std::min(count, (n + 1) * kRows)); });
+}
+
 std::unique_ptr<Groups> groups_of(const SoftmaxProblem& p) {
   if (!p.query_labels) return nullptr;
   return std::make_unique<Groups>(p.query_labels, p.query.rows, p.key_labels, p.keys.rows);
@@ -70,9 +78,8 @@ void negatives(const SoftmaxProblem& p, const Groups* groups, const SoftmaxStats
     if (kept.exps) f.kept = part_of(kept, plan, split);
     k.forward(f, ws);
   });
-  constexpr int64_t kRows = 64;
-  parallel_for((B + kRows - 1) / kRows, threads, [&](int64_t item, Workspace&) {
-    for (int64_t i = item * kRows; i < std::min(B, (item + 1) * kRows); ++i) {
+  for_rows(B, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
       float top = -kInf;
       for (int64_t s = 0; s < plan.splits; ++s) top = std::max(top, part.max[s * B + i]);
       const double shift = shift_of(top);
@@ -139,22 +146,24 @@ void positives_by_label(const SoftmaxProblem& p, const Groups& groups, const Sof
   }
 }
 
-void positives_by_index(const SoftmaxProblem& p, const SoftmaxStats& out) {
+void positives_by_index(const SoftmaxProblem& p, const SoftmaxStats& out, int threads) {
   const Kernels& k = kernels();
   const int64_t D = p.query.dim;
-  std::vector<float> q(D), key(D);
-  for (int64_t i = 0; i < p.query.rows; ++i) {
-    const int64_t j = chosen_positive(p, i);
-    double logit = 0;
-    if (j >= 0) {
-      k.load_row(q.data(), p.query, i);
-      k.load_row(key.data(), p.keys, j);
-      logit = p.scale * dot(q.data(), key.data(), D) + (p.bias ? p.bias[j] : 0.0f);
+  for_rows(p.query.rows, threads, [&](int64_t first, int64_t last) {
+    std::vector<float> q(D), key(D);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t j = chosen_positive(p, i);
+      double logit = 0;
+      if (j >= 0) {
+        k.load_row(q.data(), p.query, i);
+        k.load_row(key.data(), p.keys, j);
+        logit = p.scale * dot(q.data(), key.data(), D) + (p.bias ? p.bias[j] : 0.0f);
+      }
+      out.pos_count[i] = j >= 0;
+      out.pos_lse[i] = j >= 0 ? static_cast<float>(logit) : -kInf;
+      out.pos_sum[i] = j >= 0 ? static_cast<float>(logit) : 0.0f;
     }
-    out.pos_count[i] = j >= 0;
-    out.pos_lse[i] = j >= 0 ? static_cast<float>(logit) : -kInf;
-    out.pos_sum[i] = j >= 0 ? static_cast<float>(logit) : 0.0f;
-  }
+  });
 }
 
 // The incoming gradients, with rows whose set is empty made harmless: lse +inf and gradient 0.
@@ -213,7 +222,7 @@ void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Kept&
   const std::unique_ptr<Groups> groups = groups_of(p);
   negatives(p, groups.get(), out, kept, threads);
   if (p.positive) {
-    positives_by_index(p, out);
+    positives_by_index(p, out, threads_for(threads, p.query.rows, p.keys.rows, p.query.dim));
   } else if (groups) {
     positives_by_label(p, *groups, out, threads);
   } else {
@@ -230,16 +239,20 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
   const int64_t B = p.query.rows, D = p.query.dim;
   const CleanGrads g(grads, B);
   const bool in_place = dquery && p.query.dtype == DType::f32;
-  std::vector<float> sums(in_place ? 0 : B * D), row(D);
+  std::vector<float> sums(in_place ? 0 : B * D);
   float* u = in_place ? static_cast<float*>(dquery) : sums.data();  // [B, D]
-  for (int64_t i = 0; i < B; ++i) {
-    const bool negatives = g.neg_lse[i] != kInf && grads.g_neg;
-    for (int64_t d = 0; d < D; ++d) u[i * D + d] = negatives ? g.g_neg[i] * mean[i * D + d] : 0.0f;
-    const int64_t j = p.positive ? chosen_positive(p, i) : -1;
-    if (j < 0 || g.pos_lse[i] == kInf) continue;
-    k.load_row(row.data(), p.keys, j);
-    for (int64_t d = 0; d < D; ++d) u[i * D + d] += (g.g_pos[i] + g.g_sum[i]) * row[d];
-  }
+  const int row_threads = threads_for(threads, B, p.keys.rows, D);
+  for_rows(B, row_threads, [&](int64_t first, int64_t last) {
+    std::vector<float> row(D);
+    for (int64_t i = first; i < last; ++i) {
+      const bool negatives = g.neg_lse[i] != kInf && grads.g_neg;
+      for (int64_t d = 0; d < D; ++d) u[i * D + d] = negatives ? g.g_neg[i] * mean[i * D + d] : 0.0f;
+      const int64_t j = p.positive ? chosen_positive(p, i) : -1;
+      if (j < 0 || g.pos_lse[i] == kInf) continue;
+      k.load_row(row.data(), p.keys, j);
+      for (int64_t d = 0; d < D; ++d) u[i * D + d] += (g.g_pos[i] + g.g_sum[i]) * row[d];
+    }
+  });
   if (!p.positive && p.query_labels && (grads.g_pos || grads.g_sum)) {
     const std::unique_ptr<Groups> groups = groups_of(p);
     const std::vector<GroupBlock> blocks = group_blocks(*groups, block_of(B, 8 * D));
@@ -252,14 +265,17 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
       k.gradient(item, ws);
     });
   }
-  for (int64_t i = 0; i < B; ++i) {
-    const float* ui = u + i * D;
-    if (dscale) {
-      k.load_row(row.data(), p.query, i);
-      dscale[i] = static_cast<float>(dot(row.data(), ui, D));
+  for_rows(B, row_threads, [&](int64_t first, int64_t last) {
+    std::vector<float> row(D);
+    for (int64_t i = first; i < last; ++i) {
+      const float* ui = u + i * D;
+      if (dscale) {
+        k.load_row(row.data(), p.query, i);
+        dscale[i] = static_cast<float>(dot(row.data(), ui, D));
+      }
+      if (dquery) k.store_row(dquery, p.query.dtype, i, ui, D, p.scale);
     }
-    if (dquery) k.store_row(dquery, p.query.dtype, i, ui, D, p.scale);
-  }
+  });
 }
 
 void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* dkeys, float* dbias, int threads) {

@@ -25,9 +25,12 @@ def everything(query, keys, y, w, dtype=torch.float32):
     bias = torch.zeros(len(keys), requires_grad=True)
     stats = fc.softmax_stats(q, k, scale=0.3, bias=bias, query_labels=y, key_labels=w, backend="native")
     grads = torch.autograd.grad(stats.neg_lse.sum() + stats.pos_lse.sum(), (q, k, bias))
+    scale, chosen = torch.tensor(0.3, requires_grad=True), torch.arange(len(q))
+    chosen_stats = fc.softmax_stats(q, k, scale=scale, positive=chosen, backend="native")
+    chosen_grads = torch.autograd.grad(chosen_stats.neg_lse.sum() + chosen_stats.pos_lse.sum(), (q, k, scale))
     scores, ids = fc.topk(q, k, 20, query_labels=y, key_labels=w, backend="native")
     ranks = fc.ranks(q, k, ids, metric="l2", backend="native")
-    return [*stats, *grads, scores, ids, ranks]
+    return [*stats, *grads, *chosen_stats, *chosen_grads, scores, ids, ranks]
 
 
 def same_bits(a, b):
