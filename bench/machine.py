@@ -57,7 +57,7 @@ def peaks(threads: int) -> dict[str, float]:
         rates[f"{name} torch.mm"] = _best(partial(_product, a)) if rate > HOPELESS else rate
         if library:
             rates[name] = _best(partial(_on_threads, getattr(library, f"{name}_peak"), threads))
-    rates["read GB/s"] = _best(partial(_read, torch.ones(25_600_000)))  # as many bytes as 100,000 keys of 256
+    rates["read GB/s"] = _best(partial(_read, _yardsticks()[1]))
     return rates
 
 
@@ -89,7 +89,7 @@ def speed(threads: int) -> tuple[float, float]:
 
 @cache
 def _yardsticks() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(512, 512), torch.ones(25_600_000)
+    return torch.randn(512, 512), torch.ones(25_600_000)  # as many bytes as 100,000 keys of 256
 
 
 def _read(x: torch.Tensor) -> float:

@@ -1,6 +1,7 @@
 """Write results into the documentation: `python bench/publish.py bench/results/FILE.json ...`, one a machine.
 
-`FILE.json+LATER.json` is one machine whose later result replaces the cases that it measured again. Rewrites
+`FILE.json+LATER.json` is one machine, measured again: of a case that both have, the one counts around which
+the machine gave more of its best, whatever came out; the later one, where a result does not tell. Rewrites
 the block between the markers in README.md and in docs/performance.md, and draws docs/roofline.png from the
 first. `python bench/publish.py --check` fails where a block is not what the results that it names give.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from table import MIB, Case, rows, tables
+from table import MIB, Case, best_speed, machine_shares, rows, tables
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: {} -->\n\n", "\n<!-- end of measured -->\n"
@@ -94,15 +95,26 @@ PAGES: dict[str, Callable[[dict[str, Any], str], Iterator[str]]] = {
 
 
 def load(result: str) -> dict[str, Any]:
-    """Return a machine's result; what was measured again later counts."""
-    first, *later = (json.loads((ROOT / file).read_text()) for file in result.split("+"))
-    cases = {}
-    for run in (first, *later):
-        assert run["machine_info"]["cpu"] == first["machine_info"]["cpu"], "two machines"
-        for entry in run["benchmarks"]:
-            case = entry["extra_info"]
-            cases[(case["kind"], case["dtype"], *case["shape"], case["threads"])] = entry
-    return {**first, "benchmarks": list(cases.values())}
+    """Return a machine's result: of each case the measurement around which the machine was fastest."""
+    first, *later = runs = [json.loads((ROOT / file).read_text()) for file in result.split("+")]
+    assert all(run["machine_info"]["cpu"] == first["machine_info"]["cpu"] for run in later), "two machines"
+    entries = [entry for run in runs for entry in run["benchmarks"]]
+    by_threads: dict[int, list[Case]] = {}
+    for entry in entries:
+        by_threads.setdefault(entry["extra_info"]["threads"], []).append(entry["extra_info"])
+    best = {threads: best_speed(cases) for threads, cases in by_threads.items()}
+
+    def speed(entry: dict[str, Any]) -> float:
+        case = entry["extra_info"]
+        return min(machine_shares(case, best[case["threads"]])) if case.get("speeds") else 0.0
+
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in entries:
+        case = entry["extra_info"]
+        key = (case["kind"], case["dtype"], *case["shape"], case["threads"])
+        if key not in kept or speed(entry) >= speed(kept[key]):
+            kept[key] = entry
+    return {**first, "benchmarks": list(kept.values())}
 
 
 def block(page: str, results: str) -> str:

@@ -124,8 +124,7 @@ def ratios(cases: list[Case]) -> Iterator[str]:
 def floors(cases: list[Case]) -> Iterator[str]:
     """Yield our times, those of the same operations at the measured peak, and how fast the machine was."""
     body = []
-    speeds = [rates for case in cases for rates in case.get("speeds", [])]
-    best = [max(rates) for rates in zip(*speeds, strict=True)]
+    best = best_speed(cases)
     for case in cases:
         seconds, operations = case["sides"]["ours"]["median"], case["operations"]
         cells = [title(case), str(case["shape"][2]), f"{seconds * 1e3:.4g}"]
@@ -136,11 +135,20 @@ def floors(cases: list[Case]) -> Iterator[str]:
             cells += [f"{floor * 1e3:.4g}", f"{seconds / floor:.2f}", f"{rate:.0f}", f"{rate / peak:.0%}"]
         cells += [""] * (7 - len(cells))
         if best:
-            moments = zip(*case["speeds"], strict=True)
-            cells.append(" ".join(f"{median(m) / b:.0%}" for m, b in zip(moments, best, strict=True)))
+            cells.append(" ".join(f"{share:.0%}" for share in machine_shares(case, best)))
         body.append(cells)
     header = ["case", "D", "ours ms", "floor ms", "time / floor", "GF/s", "of peak"]
     return rows([*header, "machine"] if best else header, body)
+
+
+def best_speed(cases: list[Case]) -> list[float]:
+    """Return the best of each rate that tells how fast the machine was; nothing where no case has them."""
+    return [max(rates) for rates in zip(*(r for case in cases for r in case.get("speeds", [])), strict=True)]
+
+
+def machine_shares(case: Case, best: list[float]) -> list[float]:
+    """Return what the machine gave around the rounds of a case, as shares of its best."""
+    return [median(rates) / most for rates, most in zip(zip(*case["speeds"], strict=True), best, strict=True)]
 
 
 def best_peak(case: Case) -> float:
