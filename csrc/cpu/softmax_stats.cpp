@@ -27,6 +27,7 @@ double dot(const float* a, const float* b, int64_t n) {
 template <class Fn>
 void for_rows(int64_t count, int threads, Fn&& fn) {
   constexpr int64_t kRows = 64;
+  if (threads <= 1) return fn(int64_t{0}, count);
   parallel_for((count + kRows - 1) / kRows, threads,
                [&](int64_t n, Workspace&) { fn(n * kRows, std::min(count, (n + 1) * kRows)); });
 }
@@ -246,11 +247,16 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
     std::vector<float> row(D);
     for (int64_t i = first; i < last; ++i) {
       const bool negatives = g.neg_lse[i] != kInf && grads.g_neg;
-      for (int64_t d = 0; d < D; ++d) u[i * D + d] = negatives ? g.g_neg[i] * mean[i * D + d] : 0.0f;
+      const int64_t dim = D;  // locals: the loops must not read through the lambda's references
+      float* ui = u + i * D;
+      const float *mean_i = mean + i * D, g_neg = g.g_neg[i];
+      for (int64_t d = 0; d < dim; ++d) ui[d] = negatives ? g_neg * mean_i[d] : 0.0f;
       const int64_t j = p.positive ? chosen_positive(p, i) : -1;
       if (j < 0 || g.pos_lse[i] == kInf) continue;
       k.load_row(row.data(), p.keys, j);
-      for (int64_t d = 0; d < D; ++d) u[i * D + d] += (g.g_pos[i] + g.g_sum[i]) * row[d];
+      const float weight = g.g_pos[i] + g.g_sum[i];
+      const float* key = row.data();
+      for (int64_t d = 0; d < dim; ++d) ui[d] += weight * key[d];
     }
   });
   if (!p.positive && p.query_labels && (grads.g_pos || grads.g_sum)) {
