@@ -69,6 +69,8 @@ LOSS_TARGETS: dict[
 }
 PRODUCTS = {"statistics": 1, "frozen": 2, "both": 4}
 KEPT = 65_536  # keys up to which float32 exponentials are kept: one product less with both sides
+EAGER_LIMIT = 8 << 30  # bytes
+EAGER_BYTES_PER_SCORE = 24  # three float copies and a sort's int64 indices
 SWEEP = (  # queries, keys, D: other shapes of the fp32 losses, the small ones included
     (64, 1_024, 128),
     (64, 65_536, 128),
@@ -76,6 +78,7 @@ SWEEP = (  # queries, keys, D: other shapes of the fp32 losses, the small ones i
     (512, 1_024, 128),
     (8_192, 8_192, 128),
     (8_192, 32_768, 128),
+    (8_192, 1_048_576, 128),
     (1_024, 16_384, 64),
     (1_024, 16_384, 1_024),
 )
@@ -89,6 +92,11 @@ FEW_QUERIES_TARGETS: dict[int, float | None] = {1: 1.0, 8: 1.5, 31: None, 32: 5.
 def products(kind: str, keys: int, dtype: torch.dtype) -> int:
     """Return the matrix products in our schedule of a loss."""
     return PRODUCTS[kind] - (kind == "both" and dtype is FP32 and keys <= KEPT)
+
+
+def eager_fits(queries: int, keys: int) -> bool:
+    """Return whether a side that holds matrices of all scores has the memory for it."""
+    return queries * keys * EAGER_BYTES_PER_SCORE < EAGER_LIMIT
 
 
 def table(quick: bool) -> list[Case]:
@@ -114,7 +122,12 @@ def table(quick: bool) -> list[Case]:
         []
         if quick
         else [
-            Case(kind, *shape, against={"eager": None}, products=products(kind, shape[1], FP32))
+            Case(
+                kind,
+                *shape,
+                against={"eager": None} if eager_fits(*shape[:2]) else {},
+                products=products(kind, shape[1], FP32),
+            )
             for kind in ("frozen", "both")
             for shape in SWEEP
         ]

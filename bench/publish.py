@@ -1,14 +1,11 @@
-"""Write results into the documentation: `python bench/publish.py bench/results/FILE.json ...`, one a machine.
+"""Write results into the documentation: `python bench/publish.py bench/results/MACHINE ...`.
 
-`FILE.json+LATER.json` is one machine, measured again: of a case that both have, the one counts around which
-the machine gave more of its best, whatever came out; the later one, where a result does not tell. Rewrites
-the block between the markers in README.md and in docs/performance.md, and draws docs/roofline.png from the
-first. `python bench/publish.py --check` fails where a block is not what the results that it names give.
+Rewrites the block between the markers in README.md and in docs/performance.md, and draws docs/roofline.png
+from the first. `python bench/publish.py --check` fails where a block is not what the results it names give.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import textwrap
@@ -16,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from table import MIB, Case, best_speed, machine_shares, rows, tables
+from table import MIB, Case, load, rows, tables
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: {} -->\n\n", "\n<!-- end of measured -->\n"
@@ -94,36 +91,12 @@ PAGES: dict[str, Callable[[dict[str, Any], str], Iterator[str]]] = {
 }
 
 
-def load(result: str) -> dict[str, Any]:
-    """Return a machine's result: of each case the measurement around which the machine was fastest."""
-    first, *later = runs = [json.loads((ROOT / file).read_text()) for file in result.split("+")]
-    assert all(run["machine_info"]["cpu"] == first["machine_info"]["cpu"] for run in later), "two machines"
-    entries = [entry for run in runs for entry in run["benchmarks"]]
-    by_threads: dict[int, list[Case]] = {}
-    for entry in entries:
-        by_threads.setdefault(entry["extra_info"]["threads"], []).append(entry["extra_info"])
-    best = {threads: best_speed(cases) for threads, cases in by_threads.items()}
-
-    def speed(entry: dict[str, Any]) -> float:
-        case = entry["extra_info"]
-        return min(machine_shares(case, best[case["threads"]])) if case.get("speeds") else 0.0
-
-    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for entry in entries:
-        case = entry["extra_info"]
-        key = (case["kind"], case["dtype"], *case["shape"], case["threads"])
-        if key not in kept or speed(entry) >= speed(kept[key]):
-            kept[key] = entry
-    return {**first, "benchmarks": list(kept.values())}
-
-
 def block(page: str, results: str) -> str:
     """Return the block of a page as the results give it, markers included."""
     parts = []
     for result in results.split():
-        links = [os.path.relpath(file, Path(page).parent) for file in result.split("+")]
-        link = ", ".join(f"[result]({link})" for link in links)
-        parts.append("\n".join(PAGES[page](load(result), link)).strip() + "\n")
+        link = f"[result]({os.path.relpath(result, Path(page).parent)})"
+        parts.append("\n".join(PAGES[page](load(ROOT / result), link)).strip() + "\n")
     return BEGIN.format(results) + "\n".join(parts) + END
 
 
@@ -151,14 +124,11 @@ def main(arguments: list[str]) -> None:
     """Rewrite the pages from the results, and the picture from the first."""
     from roofline import draw
 
-    machines = (
-        "+".join(Path(f).resolve().relative_to(ROOT).as_posix() for f in a.split("+")) for a in arguments
-    )
-    results = " ".join(machines)
+    results = " ".join(Path(a).resolve().relative_to(ROOT).as_posix() for a in arguments)
     for page in PAGES:
         before, _, _, after = split(page)
         (ROOT / page).write_text(before + block(page, results) + after)
-    draw(load(results.split()[0]), ROOT / "docs" / "roofline.png")
+    draw(load(ROOT / results.split()[0]), ROOT / "docs" / "roofline.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Print the tables of a result as markdown: `python bench/table.py bench/results/FILE.json`."""
+"""Print the tables of a result as markdown: `python bench/table.py bench/results/MACHINE`, file or folder.
+
+A folder holds the runs of one machine, in the order of their names. Of a case that several have, the one
+counts around which the machine gave more of its best, whatever came out; the last, where they do not tell.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,6 +37,39 @@ TARGET_SIZE = [1024, 65_536]  # of the losses
 # before it has results: it is the same with the keys frozen and without.
 MEMORY_SHARE = 0.05
 Case = dict[str, Any]
+
+
+def load(result: Path) -> dict[str, Any]:
+    """Return a machine's result: of each case the measurement around which the machine was fastest."""
+    files = sorted(result.glob("*.json")) if result.is_dir() else [result]
+    first, *later = runs = [json.loads(file.read_text()) for file in files]
+    assert all(run["machine_info"]["cpu"] == first["machine_info"]["cpu"] for run in later), "two machines"
+    entries = [entry for run in runs for entry in run["benchmarks"]]
+    by_threads: dict[int, list[Case]] = {}
+    for entry in entries:
+        by_threads.setdefault(entry["extra_info"]["threads"], []).append(entry["extra_info"])
+    best = {threads: best_speed(cases) for threads, cases in by_threads.items()}
+
+    def speed(entry: dict[str, Any]) -> float:
+        case = entry["extra_info"]
+        return min(machine_shares(case, best[case["threads"]])) if case.get("speeds") else 0.0
+
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in entries:
+        case = entry["extra_info"]
+        key = (case["kind"], case["dtype"], *case["shape"], case["threads"])
+        if key not in kept or speed(entry) >= speed(kept[key]):
+            kept[key] = entry
+    # The best that the processor ever gave: a run that began in a busy minute must not flatter itself.
+    peak: dict[str, dict[str, float]] = {}
+    for run in runs:
+        for threads, rates in run["machine_info"]["peak"].items():
+            known = peak.setdefault(threads, {})
+            known.update({name: max(rate, known.get(name, 0.0)) for name, rate in rates.items()})
+    for entry in kept.values():
+        entry["extra_info"]["peak"] = peak[str(entry["extra_info"]["threads"])]
+    found = sorted(kept.values(), key=lambda entry: entry["extra_info"]["threads"])
+    return {**first, "machine_info": {**first["machine_info"], "peak": peak}, "benchmarks": found}
 
 
 def rows(header: Iterable[str], body: Iterable[Iterable[str]]) -> Iterator[str]:
@@ -200,5 +238,4 @@ def tables(run: dict[str, Any]) -> list[str]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    with open(sys.argv[1]) as result:
-        print("\n".join(tables(json.load(result))))
+    print("\n".join(tables(load(Path(sys.argv[1])))))

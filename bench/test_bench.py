@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
-from cases import SCALING, Case
+from cases import SCALING, Case, eager_fits
 from machine import HOPELESS, Speed
 from pytest_benchmark.fixture import BenchmarkFixture
 from side import Side
@@ -18,8 +18,6 @@ from side import Side
 ROUNDS = (5, 15)
 CASE_S = {True: 1.0, False: 8.0}  # seconds of rounds per case, quick or not: few rounds where calls are slow
 PATIENCE_S = {True: 0.0, False: 8.0}  # seconds in all that the rounds of a case may wait for a quiet machine
-EAGER_LIMIT = 8 << 30
-EAGER_BYTES_PER_SCORE = 24  # three float copies and a sort's int64 indices
 
 _measured = 0.0
 
@@ -53,10 +51,9 @@ def test_case(
     """Check that all sides of a case agree, then time them in turn."""
     if case.dtype == torch.bfloat16 and peak["bf16 torch.mm"] < HOPELESS:
         case = replace(case, against={})  # torch's side would take hours
+    assert not case.against or eager_fits(case.queries, case.keys), "eager side would not fit"
     if threads > 1:
         case = replace(case, against=case.against | SCALING.get(case.kind, {}))
-    if case.against:
-        assert case.queries * case.keys * EAGER_BYTES_PER_SCORE < EAGER_LIMIT, "eager side would not fit"
     with ExitStack() as stack:
         ours, *others = (stack.enter_context(Side(case, name, threads)) for name in ("ours", *case.against))
         differences = {side.name: _difference(ours, side) for side in others}
