@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _ops
+from ._loss_parts import UnitRows, normalised
 from .reference import SoftmaxProblem, SoftmaxStats
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
@@ -91,9 +92,17 @@ class _Once(torch.autograd.Function):
 
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, rest: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, query: Tensor, keys: Tensor, rest: tuple[Any, ...], normalize: bool) -> Tensor:
         loss: Tensor
-        loss, dquery, dkeys = _ops.softmax_loss(query, keys, *rest)
+        if normalize:
+            units = UnitRows.of(query), UnitRows.of(keys)
+            loss, *found = _ops.softmax_loss(*(unit.rows for unit in units), *rest)
+            dquery, dkeys = (
+                unit.gradient(grad) if wanted else grad
+                for unit, grad, wanted in zip(units, found, rest[-2:], strict=True)
+            )
+        else:
+            loss, dquery, dkeys = _ops.softmax_loss(query, keys, *rest)
         ctx.save_for_backward(query, keys, dquery, dkeys)
         return loss
 
@@ -110,8 +119,8 @@ class _SoftmaxLoss(torch.autograd.Function):
                 dquery, dkeys = dquery * grad, dkeys * grad
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 dquery, dkeys, *_ = _Once.apply(dquery, dkeys, None, None, query, keys, grad)  # type: ignore[no-untyped-call]
-        want_query, want_keys, _ = ctx.needs_input_grad
-        return (dquery if want_query else None, dkeys if want_keys else None, None)
+        want_query, want_keys, *_ = ctx.needs_input_grad
+        return (dquery if want_query else None, dkeys if want_keys else None, None, None)
 
 
 def _wants_grad(value: float | Tensor | None) -> bool:
@@ -148,12 +157,19 @@ def fuses(problem: SoftmaxProblem) -> bool:
     )
 
 
-def softmax_loss(problem: SoftmaxProblem, mean: bool) -> Tensor:
-    """`log(1 + exp(neg_lse - pos_lse))`, mean or sum over the rows with positives; differentiable once."""
+def softmax_loss(problem: SoftmaxProblem, mean: bool, normalize: bool = False) -> Tensor:
+    """`log(1 + exp(neg_lse - pos_lse))`, mean or sum over the rows with positives; differentiable once.
+
+    With `normalize` query and keys are float32 and are normalised first.
+    """
     query, keys, *rest = _arguments(problem)
     wanted = (query.requires_grad, keys.requires_grad)
-    if torch.is_grad_enabled() and any(wanted):
-        loss: Tensor = _SoftmaxLoss.apply(query, keys, (*rest, mean, *wanted))  # type: ignore[no-untyped-call]
+    training = torch.is_grad_enabled() and any(wanted)
+    inside = normalize and training and _checks.eager()  # one node of the graph instead of three
+    if normalize and not inside:
+        query, keys = normalised(query), normalised(keys)
+    if training:
+        loss: Tensor = _SoftmaxLoss.apply(query, keys, (*rest, mean, *wanted), inside)  # type: ignore[no-untyped-call]
     else:
         loss = _ops.softmax_loss(query, keys, *rest, mean, False, False)[0]
     return loss

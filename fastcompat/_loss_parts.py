@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _checks, _search
 from .reference import Segment, SoftmaxStats
 
+EPS = 1e-12  # as in F.normalize
 POSITIVES = ("sum_in_log", "mean_out")
 
 
@@ -22,29 +23,41 @@ def inverse_temperature(temperature: float | Tensor, name: str, beside: Tensor) 
     return 1.0 / temperature
 
 
+class UnitRows(NamedTuple):
+    """`F.normalize` of rows, with what its gradient needs."""
+
+    rows: Tensor  # [B, D]
+    norm: Tensor  # [B, 1]
+    length: Tensor  # [B, 1] what the rows were divided by
+
+    @classmethod
+    def of(cls, x: Tensor) -> UnitRows:
+        """The rows of `x` over their norms."""
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        length = norm.clamp(min=EPS)
+        return cls(x / length, norm, length)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """`(g - x^ <x^, g>) / |x|`, in five operators instead of twelve."""
+        along = torch.linalg.vecdot(self.rows, grad, dim=1)[:, None] * (self.norm >= EPS)
+        return torch.addcmul(grad, self.rows, along, value=-1).div_(self.length)
+
+
 class _Normalise(torch.autograd.Function):
-    """`F.normalize` of rows; its gradient `(g - x^ <x^, g>) / |x|` in five operators instead of twelve."""
-
-    EPS = 1e-12
-
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [B, 1]
-        length = norm.clamp(min=_Normalise.EPS)
-        unit: Tensor = x / length
-        ctx.save_for_backward(x, unit, norm, length)
-        return unit
+        unit = UnitRows.of(x)
+        ctx.save_for_backward(x, *unit)
+        return unit.rows
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, unit, norm, length = ctx.saved_tensors
+        x, *unit = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             again: Tensor
             (again,) = torch.autograd.grad(F.normalize(x, dim=1), x, grad, create_graph=True)
             return again
-        along = torch.linalg.vecdot(unit, grad, dim=1)[:, None] * (norm >= _Normalise.EPS)
-        first: Tensor = torch.addcmul(grad, unit, along, value=-1).div_(length)
-        return first
+        return UnitRows(*unit).gradient(grad)
 
 
 def normalised(x: Tensor) -> Tensor:

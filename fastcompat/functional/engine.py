@@ -186,11 +186,19 @@ def row_stats(native: bool, problem: SoftmaxProblem) -> SoftmaxStats:
     return _autograd.softmax_stats(problem) if native else reference.softmax_stats(*problem)
 
 
-def contrastive(native: bool, problem: SoftmaxProblem, positives: str, reduction: str) -> Tensor:
-    """The contrastive loss of arguments that were checked: in one native call where there is one."""
+def contrastive(
+    native: bool, problem: SoftmaxProblem, positives: str, reduction: str, normalize: bool = False
+) -> Tensor:
+    """The contrastive loss of arguments that were checked: in one native call where there is one.
+
+    With `normalize` query and keys are float32 and still have to be normalised.
+    """
     scalar = positives == "sum_in_log" and reduction != "none"
     if native and scalar and _autograd.fuses(problem):
-        return _autograd.softmax_loss(problem, reduction == "mean")
+        return _autograd.softmax_loss(problem, reduction == "mean", normalize)
+    if normalize:
+        query, keys = parts.normalised(problem.query), parts.normalised(problem.keys)
+        problem = problem._replace(query=query, keys=keys)
     return parts.contrastive_from_stats(row_stats(native, problem), positives, reduction)
 
 

@@ -57,10 +57,12 @@ def contrastive_loss(
     _checks.embeddings("keys", keys, "query", query)
     check_sets(query, keys, query_labels, key_labels, positive, exclude)
     scale = parts.inverse_temperature(temperature, "query", query)
-    query, keys = parts.matched(query, keys, normalize)
+    plain = query.dtype == keys.dtype == torch.float32  # may be normalised where the gradient is known
+    if not plain:
+        query, keys = parts.matched(query, keys, normalize)
     native = _checks.takes_native(backend, query)
     problem = SoftmaxProblem(query, keys, scale, None, query_labels, key_labels, positive, exclude)
-    return contrastive(native, problem, positives, reduction)
+    return contrastive(native, problem, positives, reduction, normalize and plain)
 
 
 def simclr_loss(

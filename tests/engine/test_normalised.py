@@ -56,6 +56,34 @@ def test_compiles_without_a_break() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("reduction", ("mean", "sum"))
+@pytest.mark.parametrize("trained", ((True, True), (True, False), (False, True)))
+def test_a_loss_that_normalises_inside(trained: tuple[bool, bool], reduction: str) -> None:
+    """As normalising first, bit for bit, but with one node of the graph."""
+    query, keys = torch.randn(9, 5), torch.randn(11, 5)
+    query[1], keys[2], keys[3] = 0, 0, keys[3] * 1e-14
+    for x, wanted in zip((query, keys), trained, strict=True):
+        x.requires_grad_(wanted)
+    leaves = [x for x in (query, keys) if x.requires_grad]
+    how = {"positive": torch.arange(9), "reduction": reduction, "backend": "native"}
+    inside = fc.functional.contrastive_loss(query, keys, **how)
+    before = fc.functional.contrastive_loss(normalised(query), normalised(keys), normalize=False, **how)
+    assert inside.grad_fn is not None
+    following = [node for node, _ in inside.grad_fn.next_functions if node is not None]
+    assert [node.name() for node in following] == ["torch::autograd::AccumulateGrad"] * len(leaves)
+    assert torch.equal(inside, before)
+    with torch.no_grad():
+        assert torch.equal(inside, fc.functional.contrastive_loss(query, keys, **how))
+    ours, theirs = (torch.autograd.grad(loss, leaves) for loss in (inside, before))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    again = fc.functional.contrastive_loss(query, keys, **how)
+    kept = torch.autograd.grad(-3 * again, leaves, retain_graph=True)
+    for a, b, c in zip(kept, torch.autograd.grad(-3 * again, leaves), ours, strict=True):
+        torch.testing.assert_close(a, -3 * c)
+        torch.testing.assert_close(b, -3 * c)
+
+
 def test_nothing_stays_in_memory() -> None:
     """The result is saved for backward: no cycle may hold it."""
     gc.disable()
