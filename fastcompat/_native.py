@@ -34,6 +34,14 @@ class NonFiniteError(ValueError):
         self.side, self.segment, self.row = side, segment, row
 
 
+class ScoreOverflowError(ValueError):
+    """Scores of a query's best keys are beyond float32: `row` is the row of the query."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"scores of query {row} are beyond float32")
+        self.row = row
+
+
 def simd_levels() -> list[str]:
     """Instruction sets that are built in and usable on this machine, slowest first."""
     return list(_C.simd_levels())
@@ -110,6 +118,8 @@ class _Call:
             getattr(_C, kernel)(*arguments, torch.get_num_threads())
         except _C.NonFinite as error:
             raise NonFiniteError(*error.args) from None
+        except _C.Overflow as error:
+            raise ScoreOverflowError(*error.args) from None
 
     def launch(self) -> Any:
         stream = torch.cuda.current_stream(self.device).cuda_stream
@@ -202,7 +212,7 @@ def pack(keys: Tensor, rows: Tensor | None, metric: str) -> Tensor:
     """The keys (these rows) as `topk` wants them on this instruction set; empty where it wants none."""
     call = _Call(keys)
     segment = call.segment(keys[:0], keys, rows)
-    kept = torch.empty(0 if call.gpu else _C.packed_size(segment))
+    kept = torch.empty(0 if call.gpu else _C.packed_size(segment, METRICS.index(metric)))
     if kept.numel():
         call.run("pack", segment, METRICS.index(metric), kept.data_ptr())
     return kept
