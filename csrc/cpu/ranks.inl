@@ -290,13 +290,13 @@ void pairs_with(const PairItem& item, Workspace& ws) {
         terms.add[lane] = k.add;
       }
       for (int v = 0; v < NV; ++v) {
-        F acc = Simd::set1(0.0f);
-        for (int64_t w = 0; w < queries.words; ++w)
-          acc = A::step(acc, Simd::load(keys + w * L + v * W), Simd::load(panel + w * L + v * W));
+        const F dot = sum_of_words(queries.words, [&](int64_t w, F sum) {
+          return A::step(sum, Simd::load(keys + w * L + v * W), Simd::load(panel + w * L + v * W));
+        });
         const F a = Simd::load(terms.multiply + v * W), b = Simd::load(terms.add + v * W);
         float scores[W];
         const F c = Simd::load(queries.terms[t].multiply + v * W), d = Simd::load(queries.terms[t].add + v * W);
-        Simd::store(scores, finish_score(acc, a, b, c, d, constant));
+        Simd::store(scores, finish_score(dot, a, b, c, d, constant));
         for (int lane = v * W; lane < smaller(n, (v + 1) * W); ++lane) {
           const int64_t at = (first + lane) * item.targets + p;
           item.out[at] = item.ids[at] < 0 ? -kInf : scores[lane - v * W];

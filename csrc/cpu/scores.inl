@@ -20,12 +20,11 @@ inline auto with_search_arithmetic(const Matrix& m, Fn&& fn) {
 template <class A>
 void squared_norms(const float* panel, int64_t words, float* out) {
   for (int v = 0; v < NV; ++v) {
-    F acc = Simd::set1(0.0f);
-    for (int64_t w = 0; w < words; ++w) {
+    const auto step = [&](int64_t w, F sum) {
       const F a = Simd::load(panel + w * L + v * W);
-      acc = A::step(acc, a, a);
-    }
-    Simd::store(out + v * W, acc);
+      return A::step(sum, a, a);
+    };
+    Simd::store(out + v * W, sum_of_words(words, step));
   }
 }
 

@@ -166,8 +166,16 @@ inline void exact_scores(const SearchSegment& s, Metric metric, const float* que
   const float* rows[W];
   float factor[W] = {};
   for (int i = 0; i < W; ++i) rows[i] = i < n ? floats_of(s.keys, ids[i], lines + i * padded(dim)) : rows[0];
-  F dot = Simd::set1(0.0f), squared = Simd::set1(0.0f);
+  static_assert(PIECE % W == 0, "a piece is whole vectors");
+  const F zero = Simd::set1(0.0f);
+  F dots = zero, squares = zero, dot = zero, squared = zero;  // of the pieces before, and of this one
+  const auto join = [&](bool others) {
+    dots = others ? Simd::add(dots, dot) : dot;
+    squares = others ? Simd::add(squares, squared) : squared;
+    dot = squared = zero;
+  };
   for (int64_t d = 0; d < dim; d += W) {
+    if (d && d % PIECE == 0) join(d > PIECE);
     const int width = static_cast<int>(smaller<int64_t>(W, dim - d));
     F key[W];
     const auto add = [&](int j) {
@@ -183,17 +191,18 @@ inline void exact_scores(const SearchSegment& s, Metric metric, const float* que
       for (int j = 0; j < width; ++j) add(j);
     }
   }
+  join(dim > PIECE);
   if (metric == Metric::cosine)
     for (int i = 0; i < n; ++i) factor[i] = inverse_norm(squared_norm(rows[i], dim));
   else if (metric == Metric::l2)
-    Simd::store(factor, squared);
+    Simd::store(factor, squares);
   float multiply[W], plus[W];
   for (int i = 0; i < W; ++i) {
     const Terms k = key_terms(metric, factor[i]);
     multiply[i] = k.multiply;
     plus[i] = k.add;
   }
-  Simd::store(out, finish_score(dot, Simd::load(multiply), Simd::load(plus), Simd::set1(terms.multiply),
+  Simd::store(out, finish_score(dots, Simd::load(multiply), Simd::load(plus), Simd::set1(terms.multiply),
                                 Simd::set1(terms.add), SegmentTerms(s, metric)));
 }
 
