@@ -137,6 +137,13 @@ class _Call:
             if code != 2**64 - 1:
                 raise NonFiniteError(*_C.cuda.nonfinite(code))
 
+    def refuse_overflow(self, scores: Tensor) -> None:
+        """Report infinite scores among the best that a search on a GPU found; the CPU's engine does itself."""
+        if self.gpu and not torch.cuda.is_current_stream_capturing():
+            beyond = (scores == torch.inf).any(1).nonzero()
+            if len(beyond):
+                raise ScoreOverflowError(int(beyond[0]))
+
     def flat(self, x: Tensor | None) -> int:
         if x is None:
             return 0
@@ -191,6 +198,9 @@ class _Call:
         offset: float = 0.0,
         packed: int = 0,
     ) -> tuple[Any, ...]:
+        if query.shape[1] == 0:  # a column of zeros scores the same
+            query, keys = (x.new_zeros(len(x), 1) for x in (query, keys))
+            self.kept += [query, keys]
         query, keys = self.rows(query), self.rows(keys)
         return (
             query.data_ptr(),
@@ -332,6 +342,7 @@ def topk(
     )
     if report:
         call.refuse_nonfinite()
+        call.refuse_overflow(scores)
     return scores, ids
 
 

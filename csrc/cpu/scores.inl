@@ -61,7 +61,7 @@ constexpr double kLeast = 1e-12, kMost = 1e12;  // norms between these can neith
 
 inline bool extreme(double squared) { return squared != 0 && !(squared > kLeast * kLeast && squared < kMost * kMost); }
 
-// The power of two for a row of extreme norm: with cosine its norm comes near 1, with ip near its square root, so that
+// The power of two that makes an extreme norm ordinary: near 1 with cosine, towards its square root with ip, so that
 // neither the sum nor what undoes this, a row at a time, passes the range of floats where the score does not.
 inline float lift_of(Metric metric, double squared) {
   if (!extreme(squared) || !is_finite(squared)) return 1;
@@ -69,7 +69,7 @@ inline float lift_of(Metric metric, double squared) {
   std::memcpy(&bits, &squared, sizeof bits);
   const int norm = (static_cast<int>(bits >> 52) - 1023) >> 1;
   const auto within = [](int x, int limit) { return x < -limit ? -limit : x > limit ? limit : x; };
-  const int up = metric == Metric::ip ? within(norm / 2, 60) - norm : within(-norm, 120);
+  const int up = metric == Metric::ip ? within(norm / 2, 38) - norm : within(-norm, 120);
   return float_from_bits(static_cast<uint32_t>(up + 127) << 23);
 }
 
@@ -225,8 +225,13 @@ inline void exact_scores(const SearchSegment& s, Metric metric, const float* que
     }
   }
   for (int i = n; i < W; ++i) rows[i] = rows[0];
-  F sum = Simd::set1(0.0f);
+  static_assert(PIECE % W == 0, "a piece is whole vectors");
+  F total = Simd::set1(0.0f), sum = total;
   for (int64_t w = 0; w < words; w += W) {
+    if (w && w % PIECE == 0) {
+      total = w > PIECE ? Simd::add(total, sum) : sum;
+      sum = Simd::set1(0.0f);
+    }
     const int width = static_cast<int>(smaller<int64_t>(W, words - w));
     F key[W];
     if (width == W) {
@@ -238,6 +243,7 @@ inline void exact_scores(const SearchSegment& s, Metric metric, const float* que
       for (int j = 0; j < width; ++j) sum = A::step(sum, key[j], Simd::set1(query[w + j]));
     }
   }
+  if (words > PIECE) sum = Simd::add(total, sum);
   Simd::store(out, finish_score(sum, Simd::load(multiply), Simd::set1(factor), SegmentTerms(s)));
 }
 
