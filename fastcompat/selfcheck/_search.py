@@ -1,6 +1,6 @@
 """The search kernels against the reference, on keys whose scores are exact: ids and counts must be equal.
 
-Small whole numbers make every score exact in float32, however it is added up, so that ties are ties everywhere.
+Small whole numbers make every score exact in float32, however it is added up: a tie is a tie everywhere.
 """
 
 from __future__ import annotations
