@@ -6,12 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
 
 from fastcompat import _native
-
-settings.register_profile("engine", max_examples=25, deadline=None, derandomize=True)
-settings.load_profile("engine")
 
 
 @pytest.fixture(scope="session", autouse=True, params=_native.simd_levels())

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from example_counts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from retrieval_oracle import exact_vectors, figures, ranking, scores, some_labels
 from torch import Tensor
@@ -47,7 +48,7 @@ def cut(state: int, states: int, items: int) -> int:
     return state * items // (states - 1)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     queries=st.integers(0, 7),
     items=st.integers(0, 45),

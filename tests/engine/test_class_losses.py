@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from engine.test_losses import BACKENDS, compare
+from engine.loss_comparison import BACKENDS, compare
 from pytorch_metric_learning import losses as pml
 from torch import nn
 

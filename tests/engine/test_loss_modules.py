@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine.loss_comparison import same, value_and_gradient
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning import miners
 from torch import nn
 
 from fastcompat import functional, losses
-
-CLOSE = {"rtol": 2e-5, "atol": 2e-6}
-
-
-def value_and_gradient(loss, embeddings, *rest, **named):
-    x = embeddings.clone().requires_grad_()
-    value = loss(x, *rest, **named)
-    return value.detach(), torch.autograd.grad(value, x)[0]
-
-
-def same(a, b):
-    for mine, theirs in zip(a, b, strict=True):
-        torch.testing.assert_close(mine, theirs, **CLOSE)
 
 
 def one_positive_each(pairs: int = 12) -> torch.Tensor:

@@ -5,29 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from engine.truth import EPSILON, check
+from engine.loss_comparison import BACKENDS, compare
 
 from fastcompat import functional as fc
-
-BACKENDS = ["native", "reference"]
 
 
 def unit(rows: int, dim: int) -> torch.Tensor:
     return F.normalize(torch.randn(rows, dim))
-
-
-def compare(ours, eager, *inputs, floor=20.0):
-    """Value and gradients of `ours` against float64, no worse than `eager` in float32."""
-
-    def run(function, dtype):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        loss = function(*leaves)
-        return [loss, *torch.autograd.grad(loss.sum(), leaves)]
-
-    results = run(ours, torch.float32), run(eager, torch.float32), run(eager, torch.float64)
-    for place, (mine, theirs, exact) in enumerate(zip(*results, strict=True)):
-        size = exact.abs().max().item() if exact.numel() else 0.0
-        check(mine, theirs, exact, floor * EPSILON * max(size, EPSILON), f"result {place}")
 
 
 def all_pairs(query, keys, y_query, y_key, temperature, positives, exclude=None):

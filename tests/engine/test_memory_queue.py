@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 import torch
 import torch.nn.functional as F
-from engine.test_loss_modules import CLOSE, same, value_and_gradient
+from engine.loss_comparison import CLOSE, same, value_and_gradient
 from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning import losses as pml

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from example_counts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from retrieval_oracle import exact_vectors, ranking, scores
 from torch import Tensor
@@ -32,7 +33,7 @@ def random_case(
     return *vectors, torch.rand(items) < 0.4
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     queries=st.integers(0, 7),
     items=st.integers(0, 60),

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from engine.test_losses import BACKENDS
+from engine.loss_comparison import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 

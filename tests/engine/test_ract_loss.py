@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from engine.test_losses import compare
+from engine.loss_comparison import compare
 
 from fastcompat import functional as fc
 

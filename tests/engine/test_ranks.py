@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engine.test_topk import DTYPES, METRICS, exact_scores
+from engine.search_truth import DTYPES, METRICS, exact_scores
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from example_counts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from retrieval_oracle import exact_vectors, figures, ranking, scores, some_labels
 from sklearn.metrics import average_precision_score
@@ -59,7 +60,7 @@ def test_example_by_hand() -> None:
     assert found.per_query.map.tolist()[:2] == [1 / 2, 2 / 2]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     queries=st.integers(0, 9),
     items=st.integers(0, 40),

@@ -8,11 +8,13 @@ overflows or is coarsest.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from example_counts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -152,7 +154,7 @@ def test_few_queries_give_ties_to_the_smallest_ids(queries: int, metric: str) ->
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-@settings(max_examples=9)
+@examples(9)
 @given(data=st.data())
 def test_hostile_keys(hostile: Callable[[int, int], Tensor], data: st.DataObject) -> None:
     dim, k = data.draw(st.sampled_from(DIMS)), data.draw(st.sampled_from(KS))
@@ -198,10 +200,25 @@ def test_more_near_ties_than_any_list_of_candidates_holds(metric: str, k: int) -
     check(query, keys, k, metric)
 
 
+SEARCH = Path(__file__).parents[2] / "csrc" / "cpu" / "search.cpp"
+
+
 def sampled(rows: int) -> Tensor:
     """The keys from which `topk` tells beforehand how good the best will be (csrc/cpu/search.cpp)."""
     starts = range(0, rows - 199, 200)
     return torch.tensor([at + ((at + 1) * 0x9E3779B97F4A7C15 % 2**64 >> 32) % 200 for at in starts])
+
+
+def test_the_sample_is_drawn_as_the_engine_draws_it() -> None:
+    """Whoever changes the engine's lines changes `sampled` too, or the tests below aim at nothing."""
+    code = " ".join(SEARCH.read_text().split())
+    for line in (
+        "constexpr int64_t kStride = 200;",
+        "for (int64_t from = 0; from + kStride <= s.count; from += kStride)",
+        "mixed = static_cast<uint64_t>(from + 1) * 0x9E3779B97F4A7C15u >> 32;",
+        "at = from + static_cast<int64_t>(mixed % kStride);",
+    ):
+        assert line in code, f"csrc/cpu/search.cpp has lost: {line}"
 
 
 @pytest.mark.parametrize("k", (1, 7, 100))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from engine.test_losses import BACKENDS, compare
+from engine.loss_comparison import BACKENDS, compare
 from pytorch_metric_learning.losses import NTXentLoss
 
 from fastcompat import functional as fc

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from engine.test_losses import BACKENDS
+from engine.loss_comparison import BACKENDS
 
 import fastcompat as fc
 

@@ -52,25 +52,49 @@ def test_info_shows_every_kernel_on_every_level():
     ]
 
 
-@pytest.mark.parametrize("kernel", selfcheck.CHECKS)
-def test_info_fails_for_a_wrong_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch):
-    right = getattr(_ops, kernel)
+def with_a_wrong_end(right):
+    """A kernel whose first result is wrong in its last number."""
 
     def wrong(*arguments: object):
         found = right(*arguments)
         first = found[0] if isinstance(found, tuple) else found
-        first.view(-1)[-1] += 1 + 0.05 * first.view(-1)[-1].abs().to(first.dtype)
+        if first.numel():
+            first.view(-1)[-1] += 1 + 0.05 * first.view(-1)[-1].abs().to(first.dtype)
         return found
 
-    monkeypatch.setattr(_ops, kernel, wrong)
-    monkeypatch.setattr(_native, "simd_levels", lambda: ["generic"])
+    return wrong
+
+
+@pytest.mark.parametrize("kernel", [name for name in selfcheck.CHECKS if name != "pack"])
+def test_info_fails_for_a_wrong_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch):
+    level = _native.simd_levels()[-1]
+    monkeypatch.setattr(_ops, kernel, with_a_wrong_end(getattr(_ops, kernel)))
+    monkeypatch.setattr(_native, "simd_levels", lambda: [level])
     before = _native.simd()
     result = call("info")
     assert _native.simd() == before
     assert result.exit_code == 1
-    assert f"FAIL {kernel}, generic, float32:" in result.output
+    assert f"FAIL {kernel}, {level}, float32:" in result.output
     others = [line for line in result.output.splitlines() if line.endswith(" ok")]
     assert len(others) == len(selfcheck.CHECKS) - 1
+
+
+def test_info_fails_for_keys_packed_wrong(monkeypatch: pytest.MonkeyPatch):
+    levels = [level for level in ("avx2", "avx512", "amx") if level in _native.simd_levels()]
+    if not levels:
+        pytest.skip("no instruction set here searches packed keys")
+    right = _native.pack
+    monkeypatch.setattr(_native, "pack", lambda *arguments: right(*arguments).roll(64))
+    monkeypatch.setattr(_native, "simd_levels", lambda: levels[:1])
+    result = call("info")
+    assert result.exit_code == 1 and f"FAIL pack, {levels[0]}, float32:" in result.output
+
+
+def test_an_operator_without_a_check_fails(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_ops, "_SCHEMAS", (*_ops._SCHEMAS, "brand_new(Tensor query) -> Tensor"))
+    monkeypatch.setattr(_native, "simd_levels", lambda: ["generic"])
+    failed = {check.kernel for check in selfcheck.run() if check.problem}
+    assert "brand_new" in failed and "topk" not in failed
 
 
 def test_info_fails_for_a_kernel_that_gives_nan(monkeypatch: pytest.MonkeyPatch):

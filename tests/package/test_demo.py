@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from example_counts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -57,7 +58,7 @@ def test_folder_and_zip_give_the_same_images(tmp_path: Path, colour: bool):
     sizes=st.lists(st.integers(3, 12), min_size=2, max_size=45),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_nothing_judged_was_ever_trained_on(sizes: list[int], seed: int):
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     images = ImageSet("x", torch.zeros(len(labels), 1, 1, 1), labels, [str(c) for c in range(len(sizes))])

@@ -11,7 +11,8 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from example_counts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def as_tensors(lists: list[List], dtype: torch.dtype = torch.float32) -> list[tu
     return found
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@examples(400)
 @given(
     lists=result_lists(), k=st.integers(1, 9), method=st.sampled_from(METHODS), dtype=st.sampled_from(DTYPES)
 )

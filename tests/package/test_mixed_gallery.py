@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from example_counts import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def half_done(**named: object) -> fc.MixedGallery:
     return gallery
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(
     batches=st.lists(st.sets(st.integers(0, N - 1)), max_size=4),
     k=st.integers(1, 50),
