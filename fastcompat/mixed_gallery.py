@@ -19,6 +19,7 @@ from .reference import Segment
 
 FORMAT = "fastcompat.MixedGallery"
 CONSTANT = ("old", "ids")  # arrays that no update changes
+READ = ("backfilled", "ids")  # arrays that a gallery reads at once
 Given = Tensor | np.ndarray[Any, Any]
 
 
@@ -28,6 +29,9 @@ class _State:
     def __init__(self, new: Tensor | None, backfilled: Tensor) -> None:
         self.new, self.backfilled = new, backfilled
         self._packed: dict[tuple[tuple[str, str], str], Tensor | None] = {}  # None: asked for once
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _State, (self.new, self.backfilled)
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -106,7 +110,15 @@ class MixedGallery:
         self._state = _State(new, mask)
         self._may_write = False  # into the new vectors' memory
         self._updating = threading.Lock()
-        self._written: dict[str, str] = {}  # files that hold what never changes
+        self._known: _folder.Known = {}  # its own last state in the folders it was loaded from or saved to
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy shares no lock, and must not write into new vectors that it may share.
+        own = {name: value for name, value in vars(self).items() if name != "_updating"}
+        return own | {"_may_write": False, "_known": dict(self._known)}
+
+    def __setstate__(self, own: dict[str, Any]) -> None:
+        vars(self).update(own, _updating=threading.Lock())
 
     def __len__(self) -> int:
         return len(self._old)
@@ -237,39 +249,63 @@ class MixedGallery:
     def save(self, path: str | Path) -> None:
         """Write the gallery into a folder (made if missing): `.npy` files and `manifest.json`.
 
-        The gallery that was saved there before stays whole until the new one is; then it is replaced. Saved
-        again into the same folder, the old vectors are not written again. Bfloat16 is stored as int16 of the
-        same bits. Saves into one folder wait for one another.
+        The gallery that was saved there before stays whole until the new one is on the disk; then it is
+        replaced, in one step. Saved again into the same folder, the old vectors are not written again.
+        Bfloat16 is stored as int16 of the same bits. Saves into one folder wait for one another.
+
+        A gallery that was loaded from this folder, or saved to it before, goes on from that state alone:
+        where someone else has saved there since, it is refused, so that no writer undoes another's work. The
+        first save of a gallery that was made anew replaces what is there: to go on with a gallery, load it.
 
         Raises:
-            ValueError: the folder cannot be made or written.
+            ValueError: the folder cannot be made or written; someone else has saved there since; its
+                `manifest.json` is of another program or another version. The gallery there stays whole.
         """
-        state = self._state
-        arrays = {"old": self._old}
-        if state.new is not None:
-            arrays |= {"new": state.new, "backfilled": state.backfilled}
-        if self._ids is not None:
-            arrays["ids"] = self._ids.of_row[:-1]
-        values = {"metric": self._metric, "scale": self._scale, "offset": self._offset}
-        files = _folder.save(Path(path), FORMAT, arrays, values, self._written)
-        self._written = {name: files[name] for name in CONSTANT if name in files}
+
+        def contents() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            state = self._state
+            arrays = {"old": self._old}
+            if state.new is not None:
+                arrays |= {"new": state.new, "backfilled": state.backfilled}
+            if self._ids is not None:
+                arrays["ids"] = self._ids.of_row[:-1]
+            return arrays, {"metric": self._metric, "scale": self._scale, "offset": self._offset}
+
+        _folder.save(Path(path), FORMAT, contents, CONSTANT, self._known)
 
     @classmethod
     def load(
-        cls, path: str | Path, *, device: torch.device | str = "cpu", backend: str = "auto"
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
+        verify: bool = False,
     ) -> MixedGallery:
-        """The gallery that `save` wrote into this folder, memory-mapped: nothing is read before it is needed.
+        """The gallery that `save` wrote into this folder, memory-mapped: vectors are read when needed.
 
-        Updates stay in memory until they are saved.
+        Updates stay in memory until they are saved. The manifest, the ids, which items are backfilled, and
+        dtype, shape and length of the vectors are always checked against what was saved.
+
+        Args:
+            path: the folder.
+            device: where the vectors go; other devices than the CPU read them all.
+            backend: "auto", "native" or "reference".
+            verify: read all vectors too and check every byte (a checksum of each array, CRC-32).
 
         Raises:
-            ValueError: no gallery there, one of another version, or a damaged file.
+            ValueError: no gallery there, one of another version, or a damaged file, by name.
         """
-        arrays, values, files = _folder.load(Path(path), FORMAT)
+        _checks.choice("backend", backend, _checks.BACKENDS)
+        folder = Path(path)
+        arrays, values, known = _folder.load(folder, FORMAT, None if verify else READ)
         values |= {name: array.to(device) for name, array in arrays.items()}
-        gallery = cls(**values, backend=backend)
+        try:
+            gallery = cls(**values, backend=backend)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"`path`: `{folder / _folder.MANIFEST}` is damaged ({error})") from error
         gallery._may_write = True  # into private copies of the file's pages
-        gallery._written = {name: files[name] for name in CONSTANT if name in files}
+        gallery._known = known
         return gallery
 
     def _rows(self, name: str, ids: Any, like: tuple[str, Tensor] | None = None) -> Tensor:

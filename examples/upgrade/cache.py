@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastcompat._files import write_file
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Cache:
         start = time.process_time()
         value = make()
         made = {"key": key, "value": value, "seconds": time.process_time() - start}
-        pending = path.with_suffix(".part")
-        torch.save(made, pending)
-        os.replace(pending, path)
+        content = io.BytesIO()
+        torch.save(made, content)
+        write_file(path, content.getvalue())
         return Stage(**made)

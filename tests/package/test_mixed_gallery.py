@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -276,20 +279,90 @@ def test_what_a_killed_save_left_behind_goes_with_the_next(tmp_path: Path) -> No
 
 
 def test_saves_into_one_folder_wait_for_one_another(tmp_path: Path) -> None:
-    galleries = [fc.MixedGallery(OLD + i) for i in range(4)]
+    """Of galleries that know nothing of one another the last stays; of one gallery, the latest state."""
+    wrong: list[BaseException] = []
+    one = fc.MixedGallery(OLD)
 
-    def save(gallery: fc.MixedGallery) -> None:
-        for _ in range(10):
-            gallery.save(tmp_path)
+    def anew(turn: int) -> None:
+        for again in range(10):
+            fc.MixedGallery(OLD + (turn + 4 * again)).save(tmp_path / "many")
 
-    threads = [threading.Thread(target=save, args=(gallery,)) for gallery in galleries]
+    def on(turn: int) -> None:
+        for row in range(turn, N, 4):
+            one.update(torch.tensor([row]), NEW[row][None])
+            one.save(tmp_path / "one")
+
+    def run(work: Callable[[int], None], turn: int) -> None:
+        try:
+            work(turn)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(work, turn)) for work in (anew, on) for turn in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = fc.MixedGallery.load(tmp_path).search(QUERY_OLD, None, 9)
-    assert any(same(found, gallery.search(QUERY_OLD, None, 9)) for gallery in galleries)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert not wrong
+    found = fc.MixedGallery.load(tmp_path / "many", verify=True).search(QUERY_OLD, None, 9)
+    assert any(same(found, fc.topk(QUERY_OLD, OLD + shift, 9)) for shift in range(36, 40))
+    assert len(list((tmp_path / "many").iterdir())) == 2
+    last = fc.MixedGallery.load(tmp_path / "one", verify=True)
+    assert last.fraction == 1 and same(last.search(None, QUERY_NEW, 9), fc.topk(QUERY_NEW, NEW, 9))
+
+
+def test_a_writer_that_is_behind_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    refused = pytest.raises(
+        ValueError, match=r"`path`: someone else has saved to `.*load the folder and repeat"
+    )
+    fc.MixedGallery(OLD).save(tmp_path)
+    first, second = fc.MixedGallery.load(tmp_path), fc.MixedGallery.load(tmp_path)
+    first.update(SOME, NEW[SOME])
+    first.save(tmp_path)
+    second.update(OTHERS, NEW[OTHERS])
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with refused:
+        second.save(tmp_path)
+    assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    second.save(tmp_path / "aside")  # its work can be kept
+    with refused:  # a detour does not make it forget
+        second.save(str(tmp_path) + "/.")
+    third = fc.MixedGallery.load(tmp_path)
+    third.update(OTHERS, NEW[OTHERS])
+    third.save(tmp_path)
+    for behind in (first, copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        with refused:
+            behind.save(tmp_path)
+    assert fc.MixedGallery.load(tmp_path, verify=True).fraction == len([*SOME, *OTHERS]) / N
+    anew = half_done()  # made anew, it takes the place of what is there, and is refused like the others then
+    anew.save(tmp_path)
+    with refused:
+        third.save(tmp_path)
+    assert same(search(fc.MixedGallery.load(tmp_path)), search(anew))
+    for path in tmp_path.glob("*.*"):
+        path.unlink()
+    third.save(tmp_path)  # nothing is there that could be lost
+    assert same(search(fc.MixedGallery.load(tmp_path)), search(third))
+
+
+def test_what_belongs_to_others_is_not_replaced(tmp_path: Path) -> None:
+    half_done().save(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    good = json.loads(manifest.read_text())
+    for other in ({"name": "an application"}, good | {"version": 2}, good | {"format": "fastcompat.Other"}):
+        manifest.write_text(json.dumps(other))
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ValueError, match=r"manifest\.json` is of another program or another version"):
+            half_done().save(tmp_path)
+        assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_an_array_that_went_missing_is_written_again(tmp_path: Path) -> None:
+    gallery = half_done()
+    gallery.save(tmp_path)
+    next(tmp_path.glob("old-*")).unlink()
+    gallery.save(tmp_path)
+    assert same(search(fc.MixedGallery.load(tmp_path, verify=True)), search(gallery))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -320,20 +393,20 @@ def test_load_refuses_what_is_no_gallery(tmp_path: Path) -> None:
 
 
 def test_a_gallery_saved_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gallery = half_done()
-    gallery.save(tmp_path)
+    half_done().save(tmp_path)
+    last = half_done()
+    last.update(OTHERS, NEW[OTHERS])
     read, saved = np.load, []
 
     def slow_read(*arguments: object, **named: object) -> np.ndarray:
         if not saved:
             saved.append(True)
-            gallery.update(OTHERS, NEW[OTHERS])
             fc.MixedGallery(OLD + 1).save(tmp_path)
-            gallery.save(tmp_path)
+            last.save(tmp_path)
         return read(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(np, "load", slow_read)
-    assert same(search(fc.MixedGallery.load(tmp_path)), search(gallery))
+    assert same(search(fc.MixedGallery.load(tmp_path)), search(last))
 
 
 @pytest.mark.parametrize("array", (False, True))
