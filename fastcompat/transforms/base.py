@@ -101,7 +101,10 @@ class Transform(nn.Module):
         with evaluating(self):
             torch.onnx.export(
                 self,
-                tuple(self.like_weights(torch.zeros(2, width)) for width in self.inputs.values()),
+                tuple(
+                    self.like_weights(torch.zeros(2, width, dtype=torch.float32, device="cpu"))
+                    for width in self.inputs.values()
+                ),
                 path,
                 input_names=tuple(self.inputs),
                 output_names=self.outputs,
