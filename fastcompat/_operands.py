@@ -15,7 +15,9 @@ from torch import Tensor
 from ._native import DTYPES, METRICS
 
 
-def _matrix(name: str, x: Tensor) -> tuple[int, int]:
+def _matrix(name: str, x: Tensor | None) -> tuple[int, int]:
+    if x is None:
+        raise TypeError(f"`{name}` must be a tensor: got None")
     if x.dim() != 2 or x.dtype not in DTYPES:
         raise ValueError(
             f"`{name}` must be float32, bfloat16 or float16 with 2 dimensions: "
@@ -32,6 +34,12 @@ def _fits(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...
         )
 
 
+def _needs(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], beside: Tensor) -> None:
+    if x is None:
+        raise TypeError(f"`{name}` must be a tensor: got None")
+    _fits(name, x, dtype, shape, beside)
+
+
 def _together(query_labels: Tensor | None, key_labels: Tensor | None) -> None:
     if (query_labels is None) != (key_labels is None):
         raise ValueError("`query_labels` and `key_labels` must be given together")
@@ -42,10 +50,14 @@ def _metric(metric: str) -> None:
         raise ValueError(f"`metric` must be one of {METRICS}: got {metric!r}")
 
 
+def _width(x: Tensor | None) -> int:
+    return x.shape[-1] if x is not None and x.dim() else 0
+
+
 def _softmax(arguments: Sequence[Any]) -> tuple[int, int, int]:
     query, keys, _, scale, bias, query_labels, key_labels, positive, exclude = arguments[:9]
     rows, dim = _matrix("query", query)
-    count = keys.shape[0] if keys.dim() else 0
+    count, _ = _matrix("keys", keys)
     _fits("keys", keys, query.dtype, (count, dim), query)
     if scale is not None and (scale.dim() or not scale.dtype == torch.float32):
         raise ValueError(f"`scale_tensor` must be float32 []: got {scale.dtype} {list(scale.shape)}")
@@ -58,8 +70,10 @@ def _softmax(arguments: Sequence[Any]) -> tuple[int, int, int]:
     return rows, count, dim
 
 
-def _row_vectors(query: Tensor, rows: int, **vectors: Tensor | None) -> None:
-    for name, x in vectors.items():
+def _softmax_grad(query: Tensor, rows: int, vectors: Sequence[Tensor | None]) -> None:
+    for name, x in zip(("neg_lse", "pos_lse"), vectors, strict=False):
+        _needs(name, x, torch.float32, (rows,), query)
+    for name, x in zip(("grad_neg", "grad_pos", "grad_sum"), vectors[-3:], strict=True):
         _fits(name, x, torch.float32, (rows,), query)
 
 
@@ -76,26 +90,20 @@ def softmax_loss(*arguments: Any) -> None:
 def softmax_query_grad(*arguments: Any) -> None:
     """Operands of `fastcompat::softmax_query_grad`."""
     rows, _, dim = _softmax(arguments)
-    query, (neg, pos, mean, *grads) = arguments[0], arguments[9:]
-    _row_vectors(query, rows, neg_lse=neg, pos_lse=pos, **dict(zip(_GRADS, grads, strict=True)))
-    _fits("mean", mean, torch.float32, (rows, dim), query)
+    _softmax_grad(arguments[0], rows, arguments[9:])
+    _needs("mean", arguments[11], torch.float32, (rows, dim), arguments[0])
 
 
 def softmax_key_grad(*arguments: Any) -> None:
     """Operands of `fastcompat::softmax_key_grad`."""
     rows, _, _ = _softmax(arguments)
-    neg, pos, *grads = arguments[9:-2]
-    _row_vectors(arguments[0], rows, neg_lse=neg, pos_lse=pos, **dict(zip(_GRADS, grads, strict=True)))
+    _softmax_grad(arguments[0], rows, arguments[9:-2])
 
 
-_GRADS = ("grad_neg", "grad_pos", "grad_sum")
-
-
-def _segment(query: Tensor, keys: Tensor, rows: Tensor | None, beside: Tensor) -> None:
+def _segment(query: Tensor, keys: Tensor, rows: Tensor | None, count: int, beside: Tensor) -> None:
     _, dim = _matrix("query", query)
-    _matrix("keys", keys)
-    _fits("query", query, query.dtype, (beside.shape[0], dim), beside)
-    _fits("keys", keys, query.dtype, (keys.shape[0], dim), beside)
+    _fits("query", query, query.dtype, (count, dim), beside)
+    _fits("keys", keys, query.dtype, (_matrix("keys", keys)[0], dim), beside)
     if rows is not None:
         _fits("rows", rows, torch.int64, (rows.numel(),), beside)
 
@@ -126,23 +134,25 @@ def topk(
             f"the lists must have one entry per segment, at least one: got {count} of `query`, {lengths}"
         )
     first = query[0]
+    number, _ = _matrix("query", first)
     every: Sequence[Tensor | None] = rows or [None] * count
     for q, x, chosen in zip(query, keys, every, strict=True):
-        _segment(q, x, chosen, first)
+        _segment(q, x, chosen, number, first)
     for x in packed:
-        _fits("packed", x, torch.float32, (x.numel(),), first)
+        _needs("packed", x, torch.float32, (x.numel(),), first)
     _together(query_labels, key_labels)
-    _fits("query_labels", query_labels, torch.int64, (first.shape[0],), first)
+    _fits("query_labels", query_labels, torch.int64, (number,), first)
     # An id is a row number of its segment's keys and indexes the labels.
     _fits("key_labels", key_labels, torch.int64, (max(x.shape[0] for x in keys),), first)
-    _fits("exclude", exclude, torch.int64, (first.shape[0],), first)
+    _fits("exclude", exclude, torch.int64, (number,), first)
 
 
 def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> None:
     """Operands of `fastcompat::pair_scores`."""
     _metric(metric)
-    _segment(query, keys, None, query)
-    _fits("ids", ids, torch.int64, (query.shape[0], ids.shape[-1] if ids.dim() else 0), query)
+    count, _ = _matrix("query", query)
+    _segment(query, keys, None, count, query)
+    _needs("ids", ids, torch.int64, (count, _width(ids)), query)
 
 
 def count_beats(
@@ -157,9 +167,9 @@ def count_beats(
 ) -> None:
     """Operands of `fastcompat::count_beats`."""
     _metric(metric)
-    _segment(query, keys, rows, query)
-    shape = (query.shape[0], thresholds.shape[-1] if thresholds.dim() else 0)
-    _fits("bounds", bounds, torch.int64, (max(1, bounds.numel()),), query)
-    _fits("thresholds", thresholds, torch.float32, shape, query)
-    _fits("threshold_ids", threshold_ids, torch.int64, shape, query)
-    _fits("exclude", exclude, torch.int64, (query.shape[0],), query)
+    count, _ = _matrix("query", query)
+    _segment(query, keys, rows, count, query)
+    _needs("bounds", bounds, torch.int64, (max(1, _width(bounds)),), query)
+    _needs("thresholds", thresholds, torch.float32, (count, _width(thresholds)), query)
+    _needs("threshold_ids", threshold_ids, torch.int64, (count, _width(thresholds)), query)
+    _fits("exclude", exclude, torch.int64, (count,), query)

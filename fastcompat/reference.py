@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +57,51 @@ def exactly(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False)
 
 
+class _Product(torch.autograd.Function):
+    """`a @ b`, forward and backward as written: torch's own gradient would be rounded under autocast."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with exactly(a):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        want_a, want_b = ctx.needs_input_grad
+        again: Any = _Product.apply  # differentiable once more
+        return again(grad, b.T) if want_a else None, again(a.T, grad) if want_b else None
+
+    @staticmethod
+    def jvp(ctx: Any, a_tangent: Tensor, b_tangent: Tensor) -> Tensor:
+        a, b = ctx.saved_tensors
+        with exactly(a):
+            tangent: Tensor = a_tangent @ b + a @ b_tangent
+        return tangent
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` that no autocast rounds, neither here nor in its backward pass."""
+    if torch.compiler.is_compiling() or a.is_meta or not torch.is_autocast_enabled(a.device.type):
+        with exactly(a):
+            return a @ b
+    found: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+    return found
+
+
 def logits(query: Tensor, keys: Tensor, scale: float | Tensor = 1.0, bias: Tensor | None = None) -> Tensor:
     """`z_ij = scale * <query_i, keys_j> + bias_j` [B, N], in float32 (float64 for float64 inputs)."""
-    with exactly(query):  # logits are never rounded to 16 bits
-        wide = torch.promote_types(query.dtype, torch.float32)
-        query, keys = _checks.savable(query), _checks.savable(keys)
-        z = scale * (query.to(wide) @ keys.to(wide).T)
-        return z if bias is None else z + bias
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, keys = _checks.savable(query), _checks.savable(keys)
+    z = scale * _product(query.to(wide), keys.to(wide).T)
+    return z if bias is None else z + bias
 
 
 def same_label(query_labels: Tensor, key_labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every loss of the package as `loss(new, old, labels, **options)`: new and old [B, D], labels int64 [B] below B."""
+"""Every loss of the package as `loss(new, old, labels, **options)`: embeddings [B, D], labels below B."""
 
 from __future__ import annotations
 
