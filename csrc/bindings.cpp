@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "fastcompat.h"
 #ifdef FASTCOMPAT_CUDA
 #include "cuda/engine.h"
@@ -37,20 +40,48 @@ SoftmaxProblem problem_of(const ProblemTuple& t) {
           pointer<int64_t>(exclude)};
 }
 
-// (query, keys, dtype, D, query stride, keys stride, N, rows, count, scale, offset, packed)
-using SegmentTuple =
-    std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, Address, int64_t, float, float, Address>;
+// What only the values of a tensor tell. Kernels follow these numbers unchecked; on a GPU only their caller knows them.
+void check_rows(const Segment& s) {
+  const int64_t* rows = s.rows;
+  const uint64_t N = s.keys.rows;
+  bool good = true;  // no early exit, so that the loop is vectorised
+  for (int64_t i = 0; rows && i < s.count; ++i) good &= static_cast<uint64_t>(rows[i]) < N;
+  if (!good)
+    throw std::invalid_argument("`rows` must hold row numbers of the keys, from 0 to " + std::to_string(N) + " - 1");
+}
 
-Segment segment_of(const SegmentTuple& t, int64_t B) {
-  const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset, packed] = t;
+void check_bounds(const int64_t* bounds, int64_t blocks, int64_t count) {
+  bool good = blocks < 0 || (bounds[0] >= 0 && bounds[blocks] <= count);
+  for (int64_t t = 0; t < blocks; ++t) good &= bounds[t] <= bounds[t + 1];
+  if (!good)
+    throw std::invalid_argument("`bounds` must ascend from 0 or more to the number of keys, " + std::to_string(count) +
+                                ", at most");
+}
+
+void check_packed(const Segment& s, int64_t packed) {
+  if (packed && packed != packed_size(s.keys, s.count))
+    throw std::invalid_argument("`packed` must be what pack() made of these keys with the instruction set in use");
+}
+
+// (query, keys, dtype, D, query stride, keys stride, N, rows, count, scale, offset, packed, numbers in packed)
+using SegmentTuple = std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, Address, int64_t, float,
+                                float, Address, int64_t>;
+
+Segment segment_of(const SegmentTuple& t, int64_t B, bool readable) {
+  const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset, packed, numbers] = t;
   const DType type = static_cast<DType>(dtype);
-  return {{pointer<void>(query), type, B, D, query_stride},
-          {pointer<void>(keys), type, N, D, keys_stride},
-          pointer<int64_t>(rows),
-          count,
-          scale,
-          offset,
-          pointer<float>(packed)};
+  const Segment s{{pointer<void>(query), type, B, D, query_stride},
+                  {pointer<void>(keys), type, N, D, keys_stride},
+                  pointer<int64_t>(rows),
+                  count,
+                  scale,
+                  offset,
+                  pointer<float>(packed)};
+  if (readable) {
+    check_rows(s);
+    check_packed(s, numbers);
+  }
+  return s;
 }
 
 #ifdef FASTCOMPAT_CUDA
@@ -109,6 +140,7 @@ using Release = py::call_guard<py::gil_scoped_release>;
 // The six kernels of one engine. Run is how they are run: a number of threads on the CPU, a GpuRun on a GPU.
 template <class Run>
 void define_kernels(py::module_ m) {
+  constexpr bool readable = std::is_same_v<Run, int>;
   m.def(
       "softmax_stats",
       [](const ProblemTuple& problem, bool want_mean, Address neg_lse, Address pos_lse, Address pos_sum,
@@ -142,7 +174,7 @@ void define_kernels(py::module_ m) {
       [](const std::vector<SegmentTuple>& tuples, int64_t k, int metric, int64_t B, Address query_labels,
          Address key_labels, Address exclude, Address scores, Address ids, const Run& run) {
         std::vector<Segment> segments;
-        for (const SegmentTuple& t : tuples) segments.push_back(segment_of(t, B));
+        for (const SegmentTuple& t : tuples) segments.push_back(segment_of(t, B, readable));
         topk(segments, k, static_cast<Metric>(metric),
              {pointer<int64_t>(query_labels), pointer<int64_t>(key_labels), pointer<int64_t>(exclude)},
              pointer<float>(scores), pointer<int64_t>(ids), run);
@@ -152,7 +184,7 @@ void define_kernels(py::module_ m) {
       "pair_scores",
       [](const SegmentTuple& segment, int metric, int64_t B, Address ids, int64_t targets, Address out,
          const Run& run) {
-        pair_scores(segment_of(segment, B), static_cast<Metric>(metric), pointer<int64_t>(ids), targets,
+        pair_scores(segment_of(segment, B, readable), static_cast<Metric>(metric), pointer<int64_t>(ids), targets,
                     pointer<float>(out), run);
       },
       Release());
@@ -160,9 +192,10 @@ void define_kernels(py::module_ m) {
       "count_beats",
       [](const SegmentTuple& segment, int metric, int64_t B, Address bounds, int64_t blocks, Address thresholds,
          Address threshold_ids, int64_t targets, Address exclude, Address out, const Run& run) {
-        count_beats(segment_of(segment, B), static_cast<Metric>(metric), pointer<int64_t>(bounds), blocks,
-                    pointer<float>(thresholds), pointer<int64_t>(threshold_ids), targets, pointer<int64_t>(exclude),
-                    pointer<int64_t>(out), run);
+        const Segment s = segment_of(segment, B, readable);
+        if (readable) check_bounds(pointer<int64_t>(bounds), blocks, s.count);
+        count_beats(s, static_cast<Metric>(metric), pointer<int64_t>(bounds), blocks, pointer<float>(thresholds),
+                    pointer<int64_t>(threshold_ids), targets, pointer<int64_t>(exclude), pointer<int64_t>(out), run);
       },
       Release());
 }
@@ -204,14 +237,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd", &simd);
   m.def("set_simd", &set_simd);
 
+  m.def("lowest", [](Address x, int64_t count) {
+    const int64_t* first = pointer<int64_t>(x);
+    int64_t low = std::numeric_limits<int64_t>::max();
+    for (int64_t i = 0; i < count; ++i) low = std::min(low, first[i]);
+    return low;
+  });
   m.def("packed_size", [](const SegmentTuple& t, int metric) {
-    const Segment segment = segment_of(t, 0);
+    const Segment segment = segment_of(t, 0, false);
     return packed_size(segment.keys, segment.count, static_cast<Metric>(metric));
   });
   m.def(
       "pack",
       [](const SegmentTuple& segment, int metric, Address out, int threads) {
-        pack(segment_of(segment, 0), static_cast<Metric>(metric), pointer<float>(out), threads);
+        pack(segment_of(segment, 0, true), static_cast<Metric>(metric), pointer<float>(out), threads);
       },
       Release());
   m.def(

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _ops
-from ._loss_parts import UnitRows, normalised
+from . import _checks, _ops, _torch_hooks
+from ._loss_parts import UnitRows, exactly, normalised
 from .reference import SoftmaxProblem, SoftmaxStats
-
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 _TWICE = (
     "fastcompat's native kernels have no second derivative; call the function with "
@@ -27,8 +25,22 @@ _TWICE = (
 )
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """`save_for_backward`, which refuses tensors made in inference mode: `ctx` holds those itself."""
+    eager = _checks.eager()
+    ctx.from_inference = [x if eager and x is not None and x.is_inference() else None for x in tensors]
+    ctx.save_for_backward(
+        *(x if y is None else None for x, y in zip(tensors, ctx.from_inference, strict=True))
+    )
+
+
+def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
+    return tuple(x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.from_inference, strict=True))
+
+
 class _SoftmaxStats(torch.autograd.Function):
     @staticmethod
+    @exactly
     def forward(
         ctx: Any,
         query: Tensor,
@@ -49,14 +61,15 @@ class _SoftmaxStats(torch.autograd.Function):
         ctx.scale = scale
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pos_count)
-        ctx.save_for_backward(query, keys, scale_tensor, bias, *indices, neg_lse, pos_lse, mean)
+        _save(ctx, query, keys, scale_tensor, bias, *indices, neg_lse, pos_lse, mean)
         return neg_lse, pos_lse, pos_sum, pos_count
 
     @staticmethod
+    @exactly
     def backward(
         ctx: Any, grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = _saved(ctx)
         query, keys, scale_tensor, bias, *indices, neg_lse, pos_lse, mean = saved
         want_query, want_keys, _, want_scale, want_bias, *_ = ctx.needs_input_grad
         grads = (grad_neg, grad_pos, grad_sum)
@@ -92,10 +105,11 @@ class _Once(torch.autograd.Function):
 
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, rest: tuple[Any, ...], normalize: bool) -> Tensor:
+    @exactly
+    def forward(ctx: Any, query: Tensor, keys: Tensor, rest: tuple[Any, ...], eps: float | None) -> Tensor:
         loss: Tensor
-        if normalize:
-            units = UnitRows.of(query), UnitRows.of(keys)
+        if eps is not None:  # normalise first
+            units = UnitRows.of(query, eps), UnitRows.of(keys, eps)
             loss, *found = _ops.softmax_loss(*(unit.rows for unit in units), *rest)
             dquery, dkeys = (
                 unit.gradient(grad) if wanted else grad
@@ -103,13 +117,17 @@ class _SoftmaxLoss(torch.autograd.Function):
             )
         else:
             loss, dquery, dkeys = _ops.softmax_loss(query, keys, *rest)
-        ctx.save_for_backward(query, keys, dquery, dkeys)
+        want_query, want_keys = rest[-2:]
+        # The leaves are for `_Once` alone.
+        ctx.save_for_backward(query if want_query else None, keys if want_keys else None, dquery, dkeys)
         return loss
 
     @staticmethod
+    @exactly
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, dquery, dkeys = ctx.saved_tensors
-        if _checks.eager() and not _keeps_graph():
+        readable = _checks.values_readable(grad) and not _torch_hooks.stacked(grad)
+        if readable and not _torch_hooks.keeps_graph():
             number = grad.item()
             if number != 1:  # nobody can ask for these gradients again: no copy
                 dquery.mul_(number)
@@ -157,19 +175,20 @@ def fuses(problem: SoftmaxProblem) -> bool:
     )
 
 
-def softmax_loss(problem: SoftmaxProblem, mean: bool, normalize: bool = False) -> Tensor:
+def softmax_loss(problem: SoftmaxProblem, mean: bool, eps: float | None = None) -> Tensor:
     """`log(1 + exp(neg_lse - pos_lse))`, mean or sum over the rows with positives; differentiable once.
 
-    With `normalize` query and keys are float32 and are normalised first.
+    With `eps` query and keys are float32 and are normalised first: divided by their norms, or by `eps` where
+    that is more.
     """
     query, keys, *rest = _arguments(problem)
     wanted = (query.requires_grad, keys.requires_grad)
     training = torch.is_grad_enabled() and any(wanted)
-    inside = normalize and training and _checks.eager()  # one node of the graph instead of three
-    if normalize and not inside:
-        query, keys = normalised(query), normalised(keys)
+    inside = training and _checks.eager()  # one node of the graph instead of three
+    if eps is not None and not inside:
+        query, keys, eps = normalised(query, eps), normalised(keys, eps), None
     if training:
-        loss: Tensor = _SoftmaxLoss.apply(query, keys, (*rest, mean, *wanted), inside)  # type: ignore[no-untyped-call]
+        loss: Tensor = _SoftmaxLoss.apply(query, keys, (*rest, mean, *wanted), eps)  # type: ignore[no-untyped-call]
     else:
         loss = _ops.softmax_loss(query, keys, *rest, mean, False, False)[0]
     return loss

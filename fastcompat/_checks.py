@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from types import CodeType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, _torch_hooks
 from ._native import DTYPES as NATIVE_DTYPES
 from ._native import METRICS as METRICS
 from ._native import NonFiniteError as NonFiniteError
@@ -20,6 +22,7 @@ from ._native import ScoreOverflowError as ScoreOverflowError
 DTYPES = (*NATIVE_DTYPES, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "native", "reference")
+_PACKAGE = __name__.partition(".")[0]
 
 
 def refuse_nonfinite(error: NonFiniteError, names: Sequence[tuple[str, str]]) -> NoReturn:
@@ -68,6 +71,10 @@ def tensor(name: str, value: object) -> Tensor:
         raise TypeError(
             f"`{name}` must be a torch.Tensor: got {type(value).__name__}; convert it with torch.as_tensor"
         )
+    if value.is_nested or isinstance(value, torch.masked.MaskedTensor):
+        kind = "nested" if value.is_nested else "masked"
+        advice = "pad it" if value.is_nested else "fill it with .to_tensor(value)"
+        raise TypeError(f"`{name}` must be a plain tensor: got a {kind} tensor; {advice} first")
     if value.layout != torch.strided:
         raise TypeError(f"`{name}` must be dense: got {value.layout}; convert it with .to_dense() first")
     return value
@@ -191,7 +198,7 @@ def scalar(name: str, value: object, other_name: str, other: Tensor) -> float | 
             )
         if value.device.type != "cpu":
             same_device(name, value, other_name, other)
-        return value
+        return savable(value)
     if isinstance(value, (np.floating, np.integer)):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
@@ -204,6 +211,11 @@ def takes_native(backend: str, query: Tensor) -> bool:
     choice("backend", backend, BACKENDS)
     if backend == "reference":
         return False
+    if query.is_meta and backend == "auto":
+        raise ValueError(
+            "the device meta holds shapes and no values, which no kernel can read; call the function with "
+            'backend="reference" to get the shapes of its results'
+        )
     if query.dtype not in NATIVE_DTYPES:
         why = f"{query.dtype}"
     elif reason := _native.not_covered(query.device):
@@ -226,12 +238,53 @@ def no_kernel(backend: str, function: str) -> None:
 
 def eager() -> bool:
     """Whether this runs outside torch.compile and torch.func, so that a value may decide what happens."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and not _torch_hooks.func_active()
 
 
-def values_readable(value: Tensor) -> bool:
-    """Whether Python may look at this tensor's values without a synchronisation."""
-    return value.device.type == "cpu" and eager()
+def values_readable(value: Tensor, wait: bool = False) -> bool:
+    """Whether Python may look at this tensor's values: without a synchronisation, or `wait`ing for a GPU."""
+    if type(value) not in _PLAIN or not eager():
+        return False
+    if value.is_cuda:
+        return wait and not torch.cuda.is_current_stream_capturing()
+    return value.device.type != "meta" and (wait or value.device.type == "cpu")
+
+
+def savable(value: Tensor) -> Tensor:
+    """`value`, or a copy of one made in inference mode, which torch's autograd refuses to save."""
+    if eager() and value.is_inference() and torch.is_grad_enabled():
+        return value.clone()
+    return value
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_warned: set[tuple[str, CodeType]] = set()
+
+
+def warn_once(kind: str, message: str) -> None:
+    """Warn of `kind` at the line that called the package, once for each public function."""
+    frame, depth, function = sys._getframe(1), 2, sys._getframe(1).f_code
+    while frame.f_back is not None:
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package not in (_PACKAGE, "torch"):
+            break
+        if package == _PACKAGE:
+            function = frame.f_code
+        frame, depth = frame.f_back, depth + 1
+    if (kind, function) not in _warned:
+        _warned.add((kind, function))
+        warnings.warn(message, stacklevel=depth)
+
+
+def warn_negative_labels(name: str, labels: Tensor) -> None:
+    """Warn once where labels look like hashes: a negative label equals no label, itself included."""
+    if values_readable(labels) and labels.numel() and (low := _native.lowest(labels)) < -1:
+        warn_once(
+            "negative labels",
+            f"`{name}` holds negative labels other than -1, such as {low}; a negative label equals no label, "
+            "not even itself. If they are classes, number them from 0: "
+            "np.unique(labels, return_inverse=True)[1]",
+        )
 
 
 def in_range(name: str, value: Tensor | None, size: int, *, none: bool = True, wait: bool = False) -> None:
@@ -239,9 +292,7 @@ def in_range(name: str, value: Tensor | None, size: int, *, none: bool = True, w
 
     Checked where `values_readable`; with `wait` also on a GPU, for functions that wait for it anyway.
     """
-    if value is None or value.numel() == 0:
-        return
-    if not values_readable(value) and not (wait and eager() and not torch.cuda.is_current_stream_capturing()):
+    if value is None or value.numel() == 0 or not values_readable(value, wait):
         return
     low, high = torch.stack(torch.aminmax(value)).tolist()
     lowest = -1 if none else 0
@@ -281,7 +332,7 @@ def no_transforms(*, forward_mode: bool = True) -> None:
     """Refuse torch.func transforms and forward-mode derivatives, which the native kernels do not know."""
     if torch.compiler.is_compiling():
         return
-    if not eager() or (forward_mode and torch.autograd.forward_ad._current_level >= 0):
+    if not eager() or (forward_mode and _torch_hooks.forward_mode()):
         raise RuntimeError(
             "fastcompat's native kernels do not run under torch.func transforms or forward-mode "
             'differentiation; call the function with backend="reference"'

@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _search
+from . import _checks, _search, _torch_hooks, reference
 from .reference import Segment, SoftmaxStats
 
-EPS = 1e-12  # as in F.normalize
 POSITIVES = ("sum_in_log", "mean_out")
 
 
+def exactly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward or backward of an autograd function that runs as written under any autocast around it."""
+
+    @functools.wraps(method)
+    def run(ctx: Any, *arguments: Any) -> Any:
+        tensor = next((x for x in arguments if isinstance(x, Tensor)), None)
+        with nullcontext() if tensor is None else reference.exactly(tensor):
+            return method(ctx, *arguments)
+
+    return run
+
+
 def inverse_temperature(temperature: float | Tensor, name: str, beside: Tensor) -> float | Tensor:
-    """The scale `1 / temperature` for the embeddings `beside`, called `name`; a float must be above 0."""
-    temperature = _checks.scalar("temperature", temperature, name, beside)
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"`temperature` must be above 0: got {temperature}")
-    return 1.0 / temperature
+    """The scale `1 / temperature` for the embeddings `beside`, called `name`."""
+    return 1.0 / above_zero("temperature", temperature, name, beside)
+
+
+def above_zero(name: str, value: float | Tensor, other_name: str, other: Tensor) -> float | Tensor:
+    """A temperature or a scale above 0; a tensor's value is read where that costs no synchronisation."""
+    value = _checks.scalar(name, value, other_name, other)
+    if isinstance(value, Tensor):
+        if _checks.values_readable(value) and not (number := value.item()) > 0:
+            raise ValueError(
+                f"`{name}` must be above 0: got {number}; to learn one, train its logarithm and pass "
+                "log_value.exp(), or clamp it after each step"
+            )
+    elif not value > 0:
+        raise ValueError(f"`{name}` must be above 0: got {value}")
+    return value
+
+
+def smallest_norm(dtype: torch.dtype, eps: float | None) -> float:
+    """What rows of this type are divided by at least: `eps`, by default as in `F.normalize`.
+
+    The gradient of a zero row is divided by it too, and float16 ends at 65,504.
+    """
+    if eps is None:
+        return 1e-3 if dtype == torch.float16 else 1e-12
+    if not eps > 0:
+        raise ValueError(f"`eps` must be above 0: got {eps}")
+    return eps
 
 
 class UnitRows(NamedTuple):
@@ -31,42 +68,48 @@ class UnitRows(NamedTuple):
     length: Tensor  # [B, 1] what the rows were divided by
 
     @classmethod
-    def of(cls, x: Tensor) -> UnitRows:
-        """The rows of `x` over their norms."""
+    def of(cls, x: Tensor, eps: float) -> UnitRows:
+        """The rows of `x` over their norms, or over `eps` where that is more."""
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        length = norm.clamp(min=EPS)
+        length = norm.clamp(min=eps)
         return cls(x / length, norm, length)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """`(g - x^ <x^, g>) / |x|`, in five operators instead of twelve."""
-        along = torch.linalg.vecdot(self.rows, grad, dim=1)[:, None] * (self.norm >= EPS)
+        along = torch.linalg.vecdot(self.rows, grad, dim=1)[:, None] * (self.norm >= self.length)
         return torch.addcmul(grad, self.rows, along, value=-1).div_(self.length)
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        unit = UnitRows.of(x)
+    @exactly
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        unit = UnitRows.of(x, eps)
         ctx.save_for_backward(x, *unit)
+        ctx.eps = eps
         return unit.rows
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    @exactly
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, *unit = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            again: Tensor
-            (again,) = torch.autograd.grad(F.normalize(x, dim=1), x, grad, create_graph=True)
-            return again
-        return UnitRows(*unit).gradient(grad)
+            (again,) = torch.autograd.grad(F.normalize(x, dim=1, eps=ctx.eps), x, grad, create_graph=True)
+            return again, None
+        return UnitRows(*unit).gradient(grad), None
 
 
-def normalised(x: Tensor) -> Tensor:
-    """Rows of unit length (a zero row stays zero), computed and returned in float32 or wider."""
+def normalised(x: Tensor, eps: float | None = None) -> Tensor:
+    """Rows of unit length (a zero row stays zero), computed and returned in float32 or wider.
+
+    Rows shorter than `eps` are divided by it (`smallest_norm`).
+    """
+    eps = smallest_norm(x.dtype, eps)
     x = x if x.dtype == torch.float64 else x.float()
-    if x.requires_grad and _checks.eager() and torch.autograd.forward_ad._current_level < 0:
-        unit: Tensor = _Normalise.apply(x)  # type: ignore[no-untyped-call]
+    if x.requires_grad and _checks.eager() and not _torch_hooks.forward_mode():
+        unit: Tensor = _Normalise.apply(x, eps)  # type: ignore[no-untyped-call]
         return unit
-    return F.normalize(x, dim=1)
+    return F.normalize(x, dim=1, eps=eps)
 
 
 def common_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
@@ -78,19 +121,19 @@ def common_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, keys.dtype)
 
 
-def matched(query: Tensor, keys: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def matched(query: Tensor, keys: Tensor, normalize: bool, eps: float | None = None) -> tuple[Tensor, Tensor]:
     """Both sides in one dtype, and of unit length if asked; each is rounded at most once."""
     if query.dtype == keys.dtype and not normalize:
         return query, keys
     dtype = common_dtype(query, keys)
     if normalize:
-        query, keys = normalised(query), normalised(keys)
+        query, keys = normalised(query, eps), normalised(keys, eps)
     return query.to(dtype), keys.to(dtype)
 
 
-def paired_products(a: Tensor, b: Tensor, normalize: bool) -> Tensor:
+def paired_products(a: Tensor, b: Tensor, normalize: bool, eps: float | None = None) -> Tensor:
     """`<a_i, b_i>` [B] in float32 or wider, of the same rounded values that `matched` gives to the engine."""
-    a, b = matched(a, b, normalize)
+    a, b = (_checks.savable(x) for x in matched(a, b, normalize, eps))
     wide = torch.promote_types(a.dtype, torch.float32)
     return (a.to(wide) * b.to(wide)).sum(1)
 
@@ -107,6 +150,7 @@ def frozen_bias(name: str, value: Tensor | None, weight_name: str, weight: Tenso
 
 def class_targets(labels: Tensor, classes: int) -> Tensor:
     """The column of each row's class [B], -1 for a negative label; a label of `classes` or more raises."""
+    _checks.warn_negative_labels("labels", labels)
     target = labels.clamp(min=-1)
     _checks.in_range("labels", target, classes)
     return target
@@ -121,12 +165,24 @@ def class_rows(matrix: Tensor, target: Tensor) -> Tensor:
 
 def contrastive_from_stats(stats: SoftmaxStats, positives: str, reduction: str) -> Tensor:
     """The contrastive loss as a function of row statistics; rows without positives take no part."""
+    takes_part = stats.pos_count > 0
+    # A row that takes no part reads constants, so that no NaN arises in its gradient on the way.
+    neg, pos, pos_sum = (torch.where(takes_part, x, 0.0) for x in stats[:3])
     if positives == "sum_in_log":
-        loss = log_odds_loss(stats.neg_lse, stats.pos_lse)
+        loss = log_odds_loss(neg, pos)
     else:
-        everything = torch.logaddexp(stats.neg_lse, stats.pos_lse)
-        loss = everything - stats.pos_sum / stats.pos_count.clamp(min=1)
-    return reduced(loss, stats.pos_count > 0, reduction)
+        loss = reference.log_add_exp(neg, pos) - pos_sum / stats.pos_count.clamp(min=1)
+    return reduced(loss, takes_part, reduction)
+
+
+def warn_without_positives(takes_part: Tensor) -> None:
+    """Warn once where no row of a batch [B] takes part: such a loss is 0 and teaches nothing."""
+    if _checks.values_readable(takes_part) and len(takes_part) and not takes_part.any():
+        _checks.warn_once(
+            "no positive",
+            "no row of this batch has a positive, so the loss is 0 with a zero gradient; sample several "
+            "items of each class, or check the labels",
+        )
 
 
 def log_odds_loss(neg: Tensor, pos: Tensor) -> Tensor:
@@ -137,6 +193,7 @@ def log_odds_loss(neg: Tensor, pos: Tensor) -> Tensor:
 def reduced(loss: Tensor, takes_part: Tensor | None, reduction: str) -> Tensor:
     """Reduce [B] over the rows that take part (None: all); no row at all gives 0."""
     if takes_part is not None:
+        warn_without_positives(takes_part)
         loss = torch.where(takes_part, loss, 0.0)
     if reduction == "none":
         return loss
@@ -172,6 +229,6 @@ def hardest_logits(
     )
     wide = torch.promote_types(query.dtype, torch.float32)
     picked = keys[ids.clamp(min=0)]  # [B, k, D]
-    z = scale * (query.to(wide)[:, None] * picked.to(wide)).sum(2)
+    z = scale * (_checks.savable(query).to(wide)[:, None] * picked.to(wide)).sum(2)
     z = torch.where(ids < 0, -torch.inf, z)
     return torch.where(keys.detach().isfinite().all(), z, torch.nan)

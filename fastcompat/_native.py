@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch_hooks import constant_when_compiled
+
 try:
     from . import _C  # type: ignore[attr-defined,unused-ignore]
 except ImportError as error:
@@ -72,7 +74,7 @@ def build_info() -> dict[str, Any]:
     }
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def not_covered(device: torch.device) -> str:
     """Why no native kernel runs on this device, and what to do about it; empty where they run."""
     if device.type == "cpu":
@@ -85,6 +87,12 @@ def not_covered(device: torch.device) -> str:
             "or with the environment variable FASTCOMPAT_NVCC=pypi"
         )
     return str(_C.cuda.unusable(device.index))
+
+
+def lowest(x: Tensor) -> int:
+    """The smallest entry of a dense int64 tensor on the CPU, at little more than the cost of reading it."""
+    x = x.contiguous()
+    return int(_C.lowest(x.data_ptr(), x.numel()))
 
 
 def _precision(dtype: torch.dtype) -> int:
@@ -148,10 +156,23 @@ class _Call:
         if x is None:
             return 0
         self.here(x)
-        if not x.is_contiguous():
-            x = x.contiguous()
+        if x.is_neg() or not x.is_contiguous():
+            x = x.resolve_neg().contiguous()
             self.kept.append(x)
-        return x.data_ptr()
+        return x.data_ptr() or self.no_memory(x)
+
+    def no_memory(self, x: Tensor) -> int:
+        """The address of a tensor whose pointer is null: 0 if it is empty."""
+        if not x.numel():
+            return 0
+        if not x._is_zerotensor():
+            raise ValueError(
+                f"a kernel must read tensors with memory of their own: got {type(x).__name__} of shape "
+                f"{list(x.shape)} on {x.device} without any (a fake, functional or meta tensor?); call the "
+                'function with backend="reference"'
+            )
+        self.kept.append(zeros := x.clone())
+        return zeros.data_ptr()
 
     def here(self, x: Tensor) -> None:
         if x.device != self.device:
@@ -160,8 +181,8 @@ class _Call:
     def rows(self, x: Tensor) -> Tensor:
         self.here(x)
         # The kernels take any row stride, but neighbours within a row must be neighbours in memory.
-        if x.stride(1) != 1 and x.shape[1] > 1:
-            x = x.contiguous()
+        if x.is_neg() or (x.stride(1) != 1 and x.shape[1] > 1):
+            x = x.resolve_neg().contiguous()  # torch negates a view when it is read, a kernel does not
             self.kept.append(x)
         return x
 
@@ -170,13 +191,13 @@ class _Call:
         query, keys, scale, scale_tensor, *vectors = arguments
         query, keys = self.rows(query), self.rows(keys)
         if scale_tensor is not None and self.gpu and scale_tensor.device == self.device:
-            self.scale_factor = scale_tensor.data_ptr()  # read on the GPU, so that nobody waits for it
+            self.scale_factor = self.flat(scale_tensor)  # read on the GPU, so that nobody waits for it
         elif scale_tensor is not None:
             scale *= scale_tensor.item()
         rows, dim = query.shape
         return (
-            query.data_ptr(),
-            keys.data_ptr(),
+            query.data_ptr() or self.no_memory(query),
+            keys.data_ptr() or self.no_memory(keys),
             _DTYPE_CODES[self.dtype],
             rows,
             keys.shape[0],
@@ -196,15 +217,15 @@ class _Call:
         rows: Tensor | None,
         scale: float = 1.0,
         offset: float = 0.0,
-        packed: int = 0,
+        packed: Tensor | None = None,
     ) -> tuple[Any, ...]:
         if query.shape[1] == 0:  # a column of zeros scores the same
             query, keys = (x.new_zeros(len(x), 1) for x in (query, keys))
             self.kept += [query, keys]
         query, keys = self.rows(query), self.rows(keys)
         return (
-            query.data_ptr(),
-            keys.data_ptr(),
+            query.data_ptr() or self.no_memory(query),
+            keys.data_ptr() or self.no_memory(keys),
             _DTYPE_CODES[query.dtype],
             query.shape[1],
             query.stride(0),
@@ -214,7 +235,8 @@ class _Call:
             keys.shape[0] if rows is None else rows.shape[0],
             scale,
             offset,
-            packed,
+            self.flat(packed),
+            0 if packed is None else packed.numel(),
         )
 
 
@@ -222,7 +244,8 @@ def pack(keys: Tensor, rows: Tensor | None, metric: str) -> Tensor:
     """The keys (these rows) as `topk` wants them on this instruction set; empty where it wants none."""
     call = _Call(keys)
     segment = call.segment(keys[:0], keys, rows)
-    kept = torch.empty(0 if call.gpu else _C.packed_size(segment, METRICS.index(metric)))
+    size = 0 if call.gpu else _C.packed_size(segment, METRICS.index(metric))
+    kept = keys.new_empty(size, dtype=torch.float32)
     if kept.numel():
         call.run("pack", segment, METRICS.index(metric), kept.data_ptr())
     return kept
@@ -290,9 +313,9 @@ def softmax_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *problem, mean, want_query, want_keys = arguments
     query, keys = problem[:2]
     call = _Call(query)
-    loss = torch.empty((), dtype=torch.float32)
+    loss = query.new_empty((), dtype=torch.float32)
     dquery, dkeys = (
-        torch.empty_like(x if want else x[:0], memory_format=torch.contiguous_format)
+        x.new_empty((x.shape[0] if want else 0, x.shape[1]))
         for x, want in ((query, want_query), (keys, want_keys))
     )
     call.run(
@@ -322,8 +345,8 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """The op `fastcompat::topk`."""
     call = _Call(query[0])
-    every: Sequence[Tensor | None] = rows or [None]
-    kept = [p.data_ptr() if p.numel() else 0 for p in packed] or [0] * len(keys)
+    every: Sequence[Tensor | None] = rows or [None] * len(keys)
+    kept: Sequence[Tensor | None] = packed or [None] * len(keys)
     segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, kept, strict=True)]
     count = query[0].shape[0]
     scores = query[0].new_empty((count, k), dtype=torch.float32)

@@ -5,12 +5,13 @@ None of them is differentiable by itself; `_autograd` puts the gradient around t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, _operands, _torch_hooks
 
 _PROBLEM = (
     "Tensor query, Tensor keys, float scale, Tensor? scale_tensor, Tensor? bias, Tensor? query_labels, "
@@ -33,12 +34,24 @@ _SCHEMAS = (
 
 _CPU_ALONE = ("softmax_loss",)  # see `_autograd.fuses`
 
+
+def _checked(name: str) -> Callable[..., Any]:
+    """The kernel as the dispatcher calls it, for whoever calls the operator."""
+    check, kernel = getattr(_operands, name), getattr(_native, name)
+
+    def run(*arguments: Any) -> Any:
+        check(*arguments)
+        return kernel(*arguments)
+
+    return run
+
+
 _library = torch.library.Library("fastcompat", "DEF")  # type: ignore[no-untyped-call]
 for _schema in _SCHEMAS:
     _name = _schema.partition("(")[0]
     _library.define(_schema)  # type: ignore[no-untyped-call]
     for _device in ("CPU",) if _name in _CPU_ALONE else ("CPU", "CUDA"):
-        _library.impl(_name, getattr(_native, _name), _device)  # type: ignore[no-untyped-call]
+        _library.impl(_name, _checked(_name), _device)  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("fastcompat::softmax_stats")
@@ -96,13 +109,14 @@ count_beats = torch.ops.fastcompat.count_beats.default
 
 
 def softmax_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator, or its kernel itself: torch's dispatcher costs 5 % of a small problem's time."""
+    """The operator, or its kernel itself: torch's dispatcher costs 5 % of a small problem's time.
+
+    The callers have checked the operands.
+    """
     tensors = (x for x in arguments if isinstance(x, Tensor))
     observed = (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _torch_hooks.dispatch_observed()
         or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
     )
     found: tuple[Tensor, Tensor, Tensor] = (_softmax_loss if observed else _native.softmax_loss)(*arguments)

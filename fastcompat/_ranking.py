@@ -94,7 +94,7 @@ class Space:
         """Rank [B, P] of the items `ids` in the whole gallery; -1 where the id is -1."""
         if not self.native:
             return full_sort_ranks(self.scores(q, ids), ids, exclude)
-        everything = torch.tensor([0, len(self.gallery)], device=ids.device)
+        everything = torch.tensor([0, len(self.gallery)], dtype=torch.int64, device=ids.device)
         beaten_by = self.count_beats(q, None, everything, self.pair_scores(q, ids), ids, exclude)
         return beaten_by[..., 0].masked_fill(ids < 0, -1)
 
@@ -103,7 +103,8 @@ def full_sort_ranks(scores: Tensor, ids: Tensor, exclude: Tensor | None) -> Tens
     """Rank [B, P] of the items `ids` after a full stable sort of `scores` [B, N]; -1 where the id is -1."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     place = torch.empty_like(order)
-    place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    walk = torch.arange(order.shape[1], dtype=torch.int64, device=order.device)
+    place.scatter_(1, order, walk.expand_as(order))
     ranks = place.gather(1, ids.clamp(min=0))
     if exclude is not None:
         ahead = place.gather(1, exclude.clamp(min=0)[:, None]) < ranks
@@ -168,7 +169,7 @@ class Relevant:
             larger = range(first + 2, len(widths) + 1)
             stop = first + 1 + bisect_right(larger, BLOCK, key=entries)
             q = queries[first:stop]
-            at = self._start[q][:, None] + torch.arange(widths[stop - 1], device=q.device)
+            at = self._start[q][:, None] + torch.arange(widths[stop - 1], dtype=torch.int64, device=q.device)
             ids = self._ids[at.clamp(max=len(self._ids) - 1)]
             ids = ids.masked_fill(at >= self._stop[q][:, None], -1)
             left_out = self.excluded(q)
@@ -186,7 +187,7 @@ def average_precision(ranks: Tensor, relevant: Tensor, cut: int | Tensor | None 
     """AP, or AP@cut with divisor min(relevant, cut), from ascending ranks [..., P]: float64 [...]."""
     if cut is None:
         cut = BEHIND_ALL
-    limit = torch.as_tensor(cut, device=ranks.device)
+    limit = torch.as_tensor(cut, dtype=torch.int64, device=ranks.device)
     m = torch.arange(1, ranks.shape[-1] + 1, dtype=torch.float64, device=ranks.device)
     precision = torch.where(ranks < limit[..., None], m / (ranks + 1).double(), 0.0)
     # A running sum adds from the left whatever the padding, so an AP has the same bits in every block.

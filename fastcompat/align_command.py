@@ -49,7 +49,8 @@ def align(
             _checks.choice("--method", method, METHODS)
             folder = stack.enter_context(OutputFolder(out))
             o, n, y = _load(old, new, labels)
-            order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator("cpu").manual_seed(seed)
+            order = torch.randperm(len(y), dtype=torch.int64, device="cpu", generator=generator)
             held_out, seen = order.tensor_split([min(HELD_OUT, len(y) // 5)])
             _refuse_unanswerable(y[held_out])
         except ValueError as error:
@@ -126,7 +127,7 @@ def _judged(
             order=order,
             ks=(1,),
             baseline=(old[:queries], old),
-            exclude=torch.arange(queries),
+            exclude=torch.arange(queries, dtype=torch.int64, device="cpu"),
             seed=seed,
         )
 

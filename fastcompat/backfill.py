@@ -169,7 +169,7 @@ def backfill_curve(
             space.refuse_nonfinite(relevant.counted)
     device, count = mixed.old.query.device, len(mixed.old.gallery)
     walk = _permutation(order, count, seed, device)  # [N]
-    cuts = torch.arange(states, device=device) * count // (states - 1)  # [T]
+    cuts = torch.arange(states, dtype=torch.int64, device=device) * count // (states - 1)  # [T]
 
     ap = torch.zeros(states, len(mixed.old.query), dtype=torch.float64, device=device)  # [T, Q]
     hits = {k: torch.zeros(states, dtype=torch.int64, device=device) for k in ks}
@@ -219,7 +219,7 @@ class _MixedSpace:
     def ranks(self, q: Tensor, ids: Tensor, exclude: Tensor | None, order: Tensor, cuts: Tensor) -> Tensor:
         """Rank [B, T, P] of the items `ids` in every state; -1 where the id is -1."""
         turn = torch.empty_like(order)  # [N], position of each item in the backfill order
-        turn[order] = torch.arange(len(order), device=order.device)
+        turn[order] = torch.arange(len(order), dtype=torch.int64, device=order.device)
         how = self._ranks_in_one_pass if self.native else self._ranks_state_by_state
         return how(q, ids, exclude, order, turn, cuts)
 
@@ -262,7 +262,8 @@ def _baseline(value: Any, old: Space, metric: str, backend: str) -> Space | None
 def _permutation(value: Any, count: int, seed: int, device: torch.device) -> Tensor:
     if value is None:
         # Drawn on the CPU, so that a seed means the same order on every device.
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(device)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randperm(count, dtype=torch.int64, device="cpu", generator=generator).to(device)
     order = _checks.as_tensor("order", value)
     if order.dtype != torch.int64:
         raise TypeError(f"`order` must be int64: got {order.dtype}; convert it with `order.long()` first")
@@ -272,7 +273,8 @@ def _permutation(value: Any, count: int, seed: int, device: torch.device) -> Ten
             f"give all of them, first to be backfilled first"
         )
     order = order.to(device)
-    wrong = (order.sort().values != torch.arange(count, device=device)).nonzero()
+    everyone = torch.arange(count, dtype=torch.int64, device=device)
+    wrong = (order.sort().values != everyone).nonzero()
     if len(wrong):
         present = torch.zeros(count, dtype=torch.bool, device=device)
         present[order[(order >= 0) & (order < count)]] = True

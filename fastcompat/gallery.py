@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,6 @@ def two_numbers(name: str, value: Sequence[float]) -> tuple[float, float]:
             f"`{name}` must be two numbers, for the old and for the new scores: got {value!r}; "
             f"write {name}=(1.0, 1.0)"
         ) from None
-    if not all(torch.tensor([first, second]).isfinite()):
+    if not (math.isfinite(first) and math.isfinite(second)):
         raise ValueError(f"`{name}` must be finite: got {value!r}")
     return first, second

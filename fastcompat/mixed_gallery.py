@@ -45,7 +45,7 @@ class _State:
         if kept is None and name in self._packed:
             kept = _search.pack(part, metric, names)
         self._packed[name] = kept
-        return torch.empty(0) if kept is None else kept
+        return torch.empty(0, dtype=torch.float32, device="cpu") if kept is None else kept
 
 
 class MixedGallery:

@@ -4,37 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks, _search, reference
 from . import _loss_parts as parts
+from .functional import Array
 from .reference import Segment
 
 _BLOCK = 2**24  # numbers in the largest temporary of a blockwise computation (64 MiB in float32)
 
 
-def class_prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def class_prototypes(features: Array, labels: Array, num_classes: int, *, eps: float | None = None) -> Array:
     """The mean of each class's normalised features, normalised: `p_c = normalize(mean of f^_i with y_i = c)`.
 
     `RunningPrototypes` does the same batch by batch.
 
     Args:
-        features: [N, D].
-        labels: int64 [N] below `num_classes`; a row with a negative label is left out.
+        features: [N, D], a tensor or a NumPy array.
+        labels: int64 [N] below `num_classes`, likewise; a row with a negative label is left out.
         num_classes: C.
+        eps: a feature shorter than this is divided by it; default: 1e-12, for float16 1e-3.
 
     Returns:
-        float32 [C, D] (float64 for float64 features), without gradient; a class without a sample is a zero
-        row.
+        float32 [C, D] (float64 for float64 features), without gradient, a tensor or a NumPy array as
+        `features`; a class without a sample is a zero row.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; a label of C or more.
     """
-    running = RunningPrototypes(num_classes)
+    running = RunningPrototypes(num_classes, eps=eps)
     running.add(features, labels)
-    return running.prototypes()
+    result: Array = _checks.give_back((running.prototypes(),), features)[0]
+    return result
 
 
 class RunningPrototypes:
@@ -49,19 +53,22 @@ class RunningPrototypes:
 
     Args:
         num_classes: C.
+        eps: a feature shorter than this is divided by it; default: 1e-12, for float16 1e-3.
     """
 
-    def __init__(self, num_classes: int) -> None:
-        _checks.positive_int("num_classes", num_classes)
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int, *, eps: float | None = None) -> None:
+        self.num_classes, self.eps = _checks.positive_int("num_classes", num_classes), eps
         self._sums: Tensor | None = None  # float64 [C, D]; the length of a sum does not matter, so no counts
         self._dtype = torch.float32
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def add(self, features: Tensor, labels: Tensor) -> None:
+    def add(self, features: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
         """Count features [B, D] with labels int64 [B]; a negative label leaves its row out."""
+        features, labels = _checks.as_tensor("features", features), _checks.as_tensor("labels", labels)
         _checks.matrix("features", features)
         _checks.indices("labels", labels, "features", features)
+        _checks.warn_negative_labels("labels", labels)
         if labels.numel() and (highest := int(labels.max())) >= self.num_classes:
             raise ValueError(
                 f"`labels` must be below `num_classes`, which is {self.num_classes}: got {highest}; "
@@ -74,7 +81,7 @@ class RunningPrototypes:
         _checks.columns("features", features, "earlier features", self._sums)
         rows = max(1, _BLOCK // max(1, features.shape[1]))
         for x, y in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
-            self._sums.index_add_(0, y[y >= 0], parts.normalised(x[y >= 0]).double())
+            self._sums.index_add_(0, y[y >= 0], parts.normalised(x[y >= 0], self.eps).double())
 
     def prototypes(self) -> Tensor:
         """The prototypes [C, D] of everything added so far; a class without a sample is a zero row."""
@@ -83,6 +90,7 @@ class RunningPrototypes:
         return F.normalize(self._sums, dim=1).to(self._dtype)
 
 
+@torch.inference_mode(False)  # the result is trained against
 @torch.no_grad()
 def ndpp(
     old_prototypes: Tensor,
@@ -129,7 +137,7 @@ def ndpp(
     _checks.positive_int("k", k)
     old, new = _pair(old_prototypes, new_prototypes)
     native = _checks.takes_native(backend, old)
-    itself = torch.arange(old.shape[0], device=old.device)
+    itself = torch.arange(old.shape[0], dtype=torch.int64, device=old.device)
     moved = old.clone()
     sides = (
         ("old_prototypes", old, alpha_old, itself),
@@ -153,6 +161,7 @@ def ndpp(
     return F.normalize(moved, dim=1)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def odpp(
     old_prototypes: Tensor,
@@ -178,8 +187,10 @@ def odpp(
     recomputed: memory linear in C, time `steps * (batch or C) * C * D`.
 
     Args:
-        old_prototypes: [C, D]; normalised here. A zero row (an empty class) stays zero and takes no part.
-        new_prototypes: [C, D], those of the current new model.
+        old_prototypes: [C, D]; normalised here. A zero row (an empty class) stays zero, and the class takes
+            no part, whatever its new prototype.
+        new_prototypes: [C, D], those of the current new model; a zero row moves nobody and is left out of its
+            mean.
         threshold_old: the cosine above which two old prototypes push each other away.
         threshold_new: the cosine above which an old prototype leaves another class's new one.
         steps: of Adam.
@@ -205,42 +216,60 @@ def odpp(
         reference.refuse_nonfinite(old, new)
     except _checks.NonFiniteError as error:
         _checks.refuse_nonfinite(error, (("old_prototypes", "new_prototypes"),))
-    absent = ~old.any(1)
-    present = (~absent).nonzero()[:, 0]
+    present = old.any(1).nonzero()[:, 0]
+    old_known, new_known = old[present], new[present]
     classes = len(present)
-    drawn = classes if batch is None else min(batch, classes)
     if classes < 2:
         return old
+    moved = _push_apart(old_known, new_known, threshold_old, threshold_new, steps, lr, batch)
+    return torch.zeros_like(old).index_copy_(0, present, moved)
+
+
+def _push_apart(
+    old: Tensor,
+    new: Tensor,
+    threshold_old: float,
+    threshold_new: float,
+    steps: int,
+    lr: float,
+    batch: int | None,
+) -> Tensor:
+    """`odpp` of classes [C, D] that all have an old prototype; a zero row of `new` is no class."""
+    classes = len(old)
+    drawn = classes if batch is None else min(batch, classes)
     pairs = drawn * (classes - 1)
+    has_new = new.any(1)
+    # Of the second mean: over j whose new prototype exists, for each i one less if its own does.
+    new_pairs = drawn * (int(has_new.sum()) - float(has_new.double().mean()))
     delta = torch.zeros_like(old)
     # The mean over very many pairs is so small that Adam's usual eps would stop it: eps shrinks with it.
     adam = torch.optim.Adam([delta], lr=lr, eps=1e-8 * min(1.0, 1e6 / pairs))
-    turns = torch.cat([torch.randperm(classes) for _ in range(-(-steps * drawn // classes))])
-    for rows in torch.split(turns[: steps * drawn], drawn):
+    every = [
+        torch.randperm(classes, dtype=torch.int64, device="cpu") for _ in range(-(-steps * drawn // classes))
+    ]
+    for rows in torch.split(torch.cat(every)[: steps * drawn], drawn):
         length = (old + delta).norm(dim=1, keepdim=True).clamp_(min=1e-12)
         x = (old + delta) / length
-        grad = _hinge_gradient(x, new, present[rows.to(present.device)], threshold_old, threshold_new) / pairs
-        grad[absent] = 0.0
+        rows = rows.to(old.device)
+        grad = _hinge_gradient(x, x, rows, threshold_old, both=True) / pairs
+        if new_pairs > 0:
+            grad += _hinge_gradient(x, new, rows, threshold_new, both=False) / new_pairs
         delta.grad = (grad - (grad * x).sum(1, keepdim=True) * x) / length  # through the normalisation
         adam.step()
     return F.normalize(old + delta, dim=1)
 
 
-def _hinge_gradient(
-    x: Tensor, new: Tensor, rows: Tensor, threshold_old: float, threshold_new: float
-) -> Tensor:
-    """d/dx [C, D] of the sum over i in rows, j != i of both hinges."""
+def _hinge_gradient(x: Tensor, others: Tensor, rows: Tensor, threshold: float, both: bool) -> Tensor:
+    """d/dx [C, D] of the sum over i in rows, j != i of one hinge; with `both`, through `others = x` too."""
     grad = torch.zeros_like(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with reference.exactly(x):
         for i in torch.split(rows, max(1, _BLOCK // x.shape[0])):
-            own = torch.arange(len(i), device=i.device)
-            close = (x[i] @ x.T > threshold_old).to(x.dtype)  # [block, C]
+            own = torch.arange(len(i), dtype=torch.int64, device=i.device)
+            close = (x[i] @ others.T > threshold).to(x.dtype)  # [block, C]
             close[own, i] = 0.0
-            grad.addmm_(close.T, x[i])
-            grad.index_add_(0, i, close @ x)
-            close = (x[i] @ new.T > threshold_new).to(x.dtype)
-            close[own, i] = 0.0
-            grad.index_add_(0, i, close @ new)
+            grad.index_add_(0, i, close @ others)
+            if both:
+                grad.addmm_(close.T, x[i])
     return grad
 
 
@@ -284,6 +313,7 @@ class PrototypeBank(nn.Module):
     perturbed: Tensor
     epoch: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         prototypes: Tensor,
@@ -302,15 +332,28 @@ class PrototypeBank(nn.Module):
         self.perturb, self.every = perturb, every
         self.register_buffer("prototypes", prototypes.detach().clone())
         self.register_buffer("perturbed", perturbed.detach().clone())
-        self.register_buffer("epoch", torch.tensor(-1))
+        self.register_buffer("epoch", torch.tensor(-1, dtype=torch.int64, device=prototypes.device))
 
     def due(self, epoch: int) -> bool:
         """Whether `every` epochs have passed since the last refresh, or none has happened."""
         last = int(self.epoch)
         return last < 0 or epoch - last >= self.every
 
+    @torch.inference_mode(False)
     def refresh(self, new_prototypes: Tensor, epoch: int) -> None:
         """Perturb the old prototypes anew, given those of the current new model [C, D]."""
         perturbed = self.perturb(self.prototypes, new_prototypes.to(self.prototypes))
         self.perturbed = perturbed.detach()
         self.epoch.fill_(epoch)
+
+    @torch.inference_mode(False)
+    def replace(self, name: str, value: Tensor) -> None:
+        """Hold a copy of `value` [C, D] as "prototypes" or as "perturbed", in the bank's dtype and place."""
+        _checks.choice("name", name, ("prototypes", "perturbed"))
+        _checks.matrix(name, value)
+        held: Tensor = getattr(self, name)
+        if value.shape != held.shape:
+            raise ValueError(
+                f"`{name}` must have the shape {list(held.shape)} of the bank: got {list(value.shape)}"
+            )
+        setattr(self, name, value.detach().to(held, copy=True))

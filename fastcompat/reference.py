@@ -7,7 +7,8 @@ all B x N logits at once. `backend="reference"` selects it in every public funct
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +49,59 @@ class Segment(NamedTuple):
     offset: float = 0.0
 
 
+def exactly(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which work on the device of `x` runs as written, whatever autocast says around it."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+class _Product(torch.autograd.Function):
+    """`a @ b`, forward and backward as written: torch's own gradient would be rounded under autocast."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with exactly(a):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        want_a, want_b = ctx.needs_input_grad
+        again: Any = _Product.apply  # differentiable once more
+        return again(grad, b.T) if want_a else None, again(a.T, grad) if want_b else None
+
+    @staticmethod
+    def jvp(ctx: Any, a_tangent: Tensor, b_tangent: Tensor) -> Tensor:
+        a, b = ctx.saved_tensors
+        with exactly(a):
+            tangent: Tensor = a_tangent @ b + a @ b_tangent
+        return tangent
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` that no autocast rounds, neither here nor in its backward pass."""
+    if torch.compiler.is_compiling() or a.is_meta or not torch.is_autocast_enabled(a.device.type):
+        with exactly(a):
+            return a @ b
+    found: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+    return found
+
+
 def logits(query: Tensor, keys: Tensor, scale: float | Tensor = 1.0, bias: Tensor | None = None) -> Tensor:
     """`z_ij = scale * <query_i, keys_j> + bias_j` [B, N], in float32 (float64 for float64 inputs)."""
-    with torch.autocast(query.device.type, enabled=False):  # logits are never rounded to 16 bits
-        wide = torch.promote_types(query.dtype, torch.float32)
-        z = scale * (query.to(wide) @ keys.to(wide).T)
-        return z if bias is None else z + bias
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, keys = _checks.savable(query), _checks.savable(keys)
+    z = scale * _product(query.to(wide), keys.to(wide).T)
+    return z if bias is None else z + bias
 
 
 def same_label(query_labels: Tensor, key_labels: Tensor) -> Tensor:
@@ -69,7 +117,7 @@ def positives_and_negatives(
     exclude: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Two boolean masks [B, N]: which keys are the positives of a row, and which are its negatives."""
-    column = torch.arange(z.shape[1], device=z.device)
+    column = torch.arange(z.shape[1], dtype=torch.int64, device=z.device)
     same = torch.zeros_like(z, dtype=torch.bool)
     if query_labels is not None and key_labels is not None:
         same = same_label(query_labels, key_labels)
@@ -88,6 +136,12 @@ def log_sum_exp(z: Tensor, members: Tensor) -> Tensor:
     # An empty row reads constants instead of logits, so nothing that arrives can leave through it.
     filler = torch.where(some, -torch.inf, 0.0)[:, None].to(z.dtype)
     return torch.where(some, torch.where(members, z, filler).logsumexp(1), -torch.inf)
+
+
+def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.logaddexp`, with a zero gradient (not NaN) where both are -inf."""
+    some = torch.maximum(a, b) != -torch.inf
+    return torch.where(some, torch.logaddexp(torch.where(some, a, 0.0), b), -torch.inf)
 
 
 def masked_stats(z: Tensor, pos: Tensor, neg: Tensor) -> SoftmaxStats:
@@ -153,12 +207,16 @@ def _lifted(x: Tensor) -> Tensor:
     return torch.ldexp(torch.ldexp(x, -exponent // 2), -exponent - (-exponent // 2))
 
 
+def _count(stop: int, device: torch.device) -> Tensor:
+    return torch.arange(stop, dtype=torch.int64, device=device)
+
+
 def refuse_nonfinite(query: Tensor, keys: Tensor, rows: Tensor | None = None, segment: int = 0) -> None:
     """Raise NonFiniteError for the first bad row among all query rows and the key rows that count."""
-    if not _checks.eager():
+    if not _checks.eager() or query.is_meta:
         return
-    numbers = torch.arange(keys.shape[0], device=keys.device) if rows is None else rows.sort().values
-    everyone = torch.arange(query.shape[0], device=query.device)
+    numbers = _count(keys.shape[0], keys.device) if rows is None else rows.sort().values
+    everyone = _count(query.shape[0], query.device)
     for side, value, read in (("query", query, everyone), ("keys", keys, numbers)):
         bad = ~value.detach()[read].isfinite().all(1)
         if bad.any():
@@ -187,7 +245,7 @@ def topk(
     found, numbers = [], []
     for number, part in enumerate(segments):
         refuse_nonfinite(part.query, part.keys, part.rows, number)
-        rows = torch.arange(part.keys.shape[0], device=part.keys.device) if part.rows is None else part.rows
+        rows = _count(part.keys.shape[0], part.keys.device) if part.rows is None else part.rows
         found.append(part.scale * scores(part.query, part.keys, metric)[:, rows] + part.offset)
         numbers.append(rows)
     ids, order = torch.cat(numbers).sort()
@@ -214,7 +272,8 @@ def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> Tensor
     used = ids.unique()  # type: ignore[no-untyped-call]
     refuse_nonfinite(query, keys, used[used >= 0])
     if keys.shape[0] == 0:
-        return torch.full(ids.shape, -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return torch.full(ids.shape, -torch.inf, dtype=dtype, device=ids.device)
     return scores(query, keys, metric).gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
 
 
@@ -234,7 +293,7 @@ def count_beats(
     or with an equal score and a smaller id; the threshold's own key is compared like any other. `exclude`
     never counts; id -1 counts nothing.
     """
-    order = torch.arange(keys.shape[0], device=keys.device) if rows is None else rows
+    order = _count(keys.shape[0], keys.device) if rows is None else rows
     first, last = int(bounds[0]), int(bounds[-1])
     refuse_nonfinite(query, keys, order[first:last])
     order, bounds = order[first:last], bounds - first

@@ -152,7 +152,8 @@ def _read_all(
     if (images == images[..., :1]).all():  # grey everywhere: one channel is enough
         images = images[..., :1]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 255  # [N, C, H, W]
-    return ImageSet(name, pixels, torch.tensor([label for label, _ in members]), list(classes))
+    labels = torch.tensor([label for label, _ in members], dtype=torch.int64, device="cpu")
+    return ImageSet(name, pixels, labels, list(classes))
 
 
 def split(data: ImageSet, seed: int) -> Split:
@@ -165,14 +166,15 @@ def split(data: ImageSet, seed: int) -> Split:
     gen = torch.Generator().manual_seed(seed)
     count = len(data.classes)
     unseen = count >= MANY_CLASSES
-    order = torch.randperm(count, generator=gen) if unseen else torch.arange(count)
-    labels = torch.empty(count, dtype=torch.int64).index_put_((order,), torch.arange(count))[data.labels]
+    everyone = torch.arange(count, dtype=torch.int64, device="cpu")
+    order = _shuffled(count, gen) if unseen else everyone
+    labels = torch.empty_like(order).index_put_((order,), everyone)[data.labels]
     trained = count - round(0.3 * count) if unseen else count
     old_classes = max(2, trained // 3 if unseen else (count + 1) // 2)
     train, old_train, query, gallery = [], [], [], []
     for c in range(count):
         members = (labels == c).nonzero()[:, 0]
-        members = members[torch.randperm(len(members), generator=gen)]
+        members = members[_shuffled(len(members), gen)]
         used = len(members) // 2 if not unseen else len(members) * (c < trained)
         seen, judged = members[:used], members[used:]
         train.append(seen)
@@ -204,3 +206,7 @@ def describe(data: ImageSet, parts: Split) -> str:
         f"new models: {len(parts.train):,} images of {parts.num_classes} classes; "
         f"judged {share}: {len(parts.query):,} queries against a gallery of {len(parts.gallery):,}"
     )
+
+
+def _shuffled(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(count, dtype=torch.int64, device="cpu", generator=generator)

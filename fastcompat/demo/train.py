@@ -92,10 +92,10 @@ def fit(
         optimiser, lr, total_steps=steps, pct_start=0.15, cycle_momentum=False, div_factor=50
     )
     model.train()
-    rows = torch.empty(0, dtype=torch.int64)
+    rows = torch.empty(0, dtype=torch.int64, device="cpu")
     for _ in tqdm(range(steps), desc=f"{title:>11}", unit="step", disable=None):
         if len(rows) < batch:
-            rows = torch.randperm(len(images))
+            rows = torch.randperm(len(images), dtype=torch.int64, device="cpu")
         chosen, rows = rows[:batch], rows[batch:]
         features = model(augment(images[chosen], recipe))
         loss = F.cross_entropy(head(features), labels[chosen])
@@ -114,7 +114,9 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
     if recipe.noise:
         images = images + recipe.noise * torch.randn_like(images)
     if recipe.shift:
-        down, right = torch.randint(-recipe.shift, recipe.shift + 1, (2,)).tolist()
+        down, right = torch.randint(
+            -recipe.shift, recipe.shift + 1, (2,), dtype=torch.int64, device="cpu"
+        ).tolist()
         images = images.roll((down, right), (2, 3))
     return images
 

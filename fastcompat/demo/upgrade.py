@@ -180,7 +180,7 @@ def _compatible_losses(
     labels: Tensor,  # [N]
 ) -> dict[str, Callable[[Tensor, Tensor], Tensor] | None]:
     # BCT's old classifier, extended to classes the old model never saw: each class's mean old feature.
-    means = torch.zeros(int(labels.max()) + 1, old.shape[1])  # [C, D]
+    means = old.new_zeros(int(labels.max()) + 1, old.shape[1])  # [C, D]
     means = F.normalize(means.index_add_(0, labels, F.normalize(old)))
     bct = fc.losses.BCTLoss(means, scale=30.0)
     ract = fc.losses.RACTLoss(temperature=0.1, k=10)

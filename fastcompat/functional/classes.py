@@ -20,6 +20,7 @@ def bct_loss(
     old_bias: Tensor | None = None,
     *,
     scale: float | Tensor | None = None,
+    eps: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -37,6 +38,8 @@ def bct_loss(
         old_bias: [C_old], frozen.
         scale: None for the plain linear classifier, else the scale of a cosine classifier (a float or 0-dim
             tensor).
+        eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
+            (the gradient of a zero row is divided by it too, and has to stay within float16).
         reduction: "mean" over the rows that take part, "sum", or "none" (the other rows give 0).
         backend: "auto", "native" or "reference".
 
@@ -59,9 +62,10 @@ def bct_loss(
         scale = 1.0
     else:
         scale = _checks.scalar("scale", scale, "new", new)
-        weight, features = parts.normalised(weight), parts.normalised(features)
+        weight, features = parts.normalised(weight, eps), parts.normalised(features, eps)
     features, weight = features.to(dtype), weight[:, :shared].to(dtype)
     bias = parts.frozen_bias("old_bias", old_bias, "old_weight", weight)
+    _checks.warn_negative_labels("labels", labels)
     known = (labels >= 0) & (labels < weight.shape[0])
     target = torch.where(known, labels, -1)
     native = _checks.takes_native(backend, features)
@@ -78,6 +82,7 @@ def prototype_loss(
     perturb_negatives: bool = False,
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
+    eps: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -101,6 +106,8 @@ def prototype_loss(
         perturb_negatives: use `perturbed` for the other classes as well.
         temperature: a float or a 0-dim tensor that may want a gradient.
         normalize: L2-normalise features and prototypes first.
+        eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
+            (the gradient of a zero row is divided by it too, and has to stay within float16).
         reduction: "mean" over the rows that take part, "sum", or "none" (the other rows give 0).
         backend: "auto", "native" or "reference".
 
@@ -123,13 +130,15 @@ def prototype_loss(
     scale = parts.inverse_temperature(temperature, "features", features)
     target = parts.class_targets(labels, prototypes.shape[0])
     columns = (perturbed if perturb_negatives else prototypes).detach()
-    query, keys = parts.matched(features, columns, normalize)
+    query, keys = parts.matched(features, columns, normalize, eps)
     native = _checks.takes_native(backend, query)
     problem = SoftmaxProblem(query, keys, scale, positive=target)
     if perturbed is prototypes or perturb_negatives:
         return contrastive(native, problem, "sum_in_log", reduction)
     neg = row_stats(native, problem).neg_lse
-    pos = scale * parts.paired_products(features, parts.class_rows(perturbed.detach(), target), normalize)
+    pos = scale * parts.paired_products(
+        features, parts.class_rows(perturbed.detach(), target), normalize, eps
+    )
     return parts.reduced(parts.log_odds_loss(neg, pos), target >= 0, reduction)
 
 
@@ -141,6 +150,7 @@ def margin_softmax_loss(
     kind: str = "arcface",
     scale: float | Tensor = 30.0,
     margin: float = 0.3,
+    eps: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -164,6 +174,8 @@ def margin_softmax_loss(
         kind: "arcface" or "cosface".
         scale: a float above 0 or a 0-dim tensor that may want a gradient.
         margin: for "arcface" an angle in radians, 0 to pi; for "cosface" a difference of cosines.
+        eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
+            (the gradient of a zero row is divided by it too, and has to stay within float16).
         reduction: "mean" over the rows that take part, "sum", or "none" (the other rows give 0).
         backend: "auto", "native" or "reference".
 
@@ -178,13 +190,11 @@ def margin_softmax_loss(
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     _checks.embeddings("weight", weight, "features", features)
     _checks.indices("labels", labels, "features", features)
-    scale = _checks.scalar("scale", scale, "features", features)
-    if not isinstance(scale, Tensor) and not scale > 0:
-        raise ValueError(f"`scale` must be above 0: got {scale}")
+    scale = parts.above_zero("scale", scale, "features", features)
     if kind == "arcface" and not 0 <= margin <= math.pi:
         raise ValueError(f"`margin` must be an angle of 0 to pi radians: got {margin}")
     target = parts.class_targets(labels, weight.shape[0])
-    query, keys = parts.matched(features, weight, True)
+    query, keys = parts.matched(features, weight, True, eps)
     native = _checks.takes_native(backend, query)
     stats = row_stats(native, SoftmaxProblem(query, keys, scale, positive=target))
     cosine = stats.pos_sum / scale  # [B], 0 where there is no positive

@@ -36,7 +36,7 @@ def softmax_stats(
 
     Args:
         query: [B, D].
-        keys: [N, D], with the dtype of `query`.
+        keys: [N, D]; mixed dtypes are promoted.
         scale: a float or a 0-dim tensor that may want a gradient.
         bias: float32 [N].
         query_labels: int64 [B], together with `key_labels`.
@@ -54,7 +54,8 @@ def softmax_stats(
             CPU).
         RuntimeError: native kernels under torch.func transforms, or differentiated twice.
     """
-    _checks.pair(query, keys)
+    _checks.embeddings("keys", keys, "query", query)
+    query, keys = parts.matched(query, keys, False)
     scale = _checks.scalar("scale", scale, "query", query)
     _checks.bias(bias, keys)
     check_sets(query, keys, query_labels, key_labels, positive, exclude)
@@ -159,7 +160,7 @@ def ranks(
     if skipped is not None:
         wanted = wanted.masked_fill(wanted == skipped[:, None], -1)
     score = _search.pair_scores(q, x, wanted, metric, native=native)
-    everything = torch.tensor([0, x.shape[0]], device=q.device)
+    everything = torch.tensor([0, x.shape[0]], dtype=torch.int64, device=q.device)
     beaten = _search.count_beats(
         q, x, None, everything, score, wanted, metric, exclude=skipped, native=native
     )[:, :, 0]
@@ -177,6 +178,10 @@ def check_sets(
 ) -> None:
     """Labels and key numbers that say which keys are positives and negatives."""
     _checks.labels(query, keys, query_labels, key_labels)
+    if query_labels is not None and key_labels is not None:
+        _checks.warn_negative_labels("query_labels", query_labels)
+        if key_labels is not query_labels:
+            _checks.warn_negative_labels("key_labels", key_labels)
     _checks.indices("positive", positive, "query", query, optional=True)
     _checks.indices("exclude", exclude, "query", query, optional=True)
 
@@ -187,17 +192,24 @@ def row_stats(native: bool, problem: SoftmaxProblem) -> SoftmaxStats:
 
 
 def contrastive(
-    native: bool, problem: SoftmaxProblem, positives: str, reduction: str, normalize: bool = False
+    native: bool, problem: SoftmaxProblem, positives: str, reduction: str, eps: float | None = None
 ) -> Tensor:
     """The contrastive loss of arguments that were checked: in one native call where there is one.
 
-    With `normalize` query and keys are float32 and still have to be normalised.
+    With `eps` query and keys are float32 and still have to be normalised.
     """
     scalar = positives == "sum_in_log" and reduction != "none"
     if native and scalar and _autograd.fuses(problem):
-        return _autograd.softmax_loss(problem, reduction == "mean", normalize)
-    if normalize:
-        query, keys = parts.normalised(problem.query), parts.normalised(problem.keys)
+        loss = _autograd.softmax_loss(problem, reduction == "mean", eps)
+        if (
+            _checks.values_readable(loss) and not loss
+        ):  # 0: the kernel keeps to itself whether for want of any
+            with torch.no_grad():  # the counts do not depend on the embeddings, so one column will do
+                column = problem._replace(query=problem.query[:, :1], keys=problem.keys[:, :1])
+                parts.warn_without_positives(_autograd.softmax_stats(column).pos_count > 0)
+        return loss
+    if eps is not None:
+        query, keys = parts.normalised(problem.query, eps), parts.normalised(problem.keys, eps)
         problem = problem._replace(query=query, keys=keys)
     return parts.contrastive_from_stats(row_stats(native, problem), positives, reduction)
 

@@ -22,6 +22,7 @@ def contrastive_loss(
     temperature: float | Tensor = 0.07,
     positives: str = "sum_in_log",
     normalize: bool = True,
+    eps: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -43,6 +44,8 @@ def contrastive_loss(
         temperature: a float or a 0-dim tensor that may want a gradient.
         positives: "sum_in_log" or "mean_out".
         normalize: L2-normalise both sides first.
+        eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
+            (the gradient of a zero row is divided by it too, and has to stay within float16).
         reduction: "mean" over the rows that have a positive, "sum", or "none" (the other rows give 0).
         backend: "auto", "native" or "reference".
 
@@ -59,10 +62,11 @@ def contrastive_loss(
     scale = parts.inverse_temperature(temperature, "query", query)
     plain = query.dtype == keys.dtype == torch.float32  # may be normalised where the gradient is known
     if not plain:
-        query, keys = parts.matched(query, keys, normalize)
+        query, keys = parts.matched(query, keys, normalize, eps)
     native = _checks.takes_native(backend, query)
     problem = SoftmaxProblem(query, keys, scale, None, query_labels, key_labels, positive, exclude)
-    return contrastive(native, problem, positives, reduction, normalize and plain)
+    later = parts.smallest_norm(query.dtype, eps) if normalize and plain else None
+    return contrastive(native, problem, positives, reduction, later)
 
 
 def simclr_loss(
@@ -71,6 +75,7 @@ def simclr_loss(
     *,
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
+    eps: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -89,6 +94,8 @@ def simclr_loss(
         second: [B, D], another one.
         temperature: a float or a 0-dim tensor that may want a gradient.
         normalize: L2-normalise the embeddings first.
+        eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
+            (the gradient of a zero row is divided by it too, and has to stay within float16).
         reduction: "mean" or "sum" over the 2B rows, or "none".
         backend: "auto", "native" or "reference".
 
@@ -101,7 +108,7 @@ def simclr_loss(
     _checks.embeddings("second", second, "first", first)
     _checks.rows("second", second, "first", first)
     views = torch.cat([first, second])
-    itself = torch.arange(views.shape[0], device=views.device)
+    itself = torch.arange(views.shape[0], dtype=torch.int64, device=views.device)
     return contrastive_loss(
         views,
         views,
@@ -109,6 +116,7 @@ def simclr_loss(
         exclude=itself,
         temperature=temperature,
         normalize=normalize,
+        eps=eps,
         reduction=reduction,
         backend=backend,
     )
@@ -127,6 +135,7 @@ def ract_loss(
     k: int | None = 10,
     detach_keys: bool = True,
     normalize: bool = True,
+    eps: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -155,6 +164,8 @@ def ract_loss(
         k: how many negatives of each kind; None takes all of them.
         detach_keys: no gradient into `new_keys` (nor into `new` as keys).
         normalize: L2-normalise everything first.
+        eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
+            (the gradient of a zero row is divided by it too, and has to stay within float16).
         reduction: "mean", "sum" or "none"; every row takes part.
         backend: "auto", "native" or "reference".
 
@@ -178,7 +189,7 @@ def ract_loss(
     if new_keys is None or old_keys is None or key_labels is None:
         new_keys, old_keys, key_labels = new, old, labels
         if key_index is None:
-            key_index = torch.arange(new.shape[0], device=new.device)
+            key_index = torch.arange(new.shape[0], dtype=torch.int64, device=new.device)
     _checks.embeddings("new_keys", new_keys, "new", new)
     _checks.embeddings("old_keys", old_keys, "new", new)
     _checks.rows("old_keys", old_keys, "new_keys", new_keys)
@@ -186,12 +197,15 @@ def ract_loss(
     _checks.indices("key_index", key_index, "new", new, optional=True)
     _checks.in_range("key_index", key_index, new_keys.shape[0])
     scale = parts.inverse_temperature(temperature, "new", new)
+    _checks.warn_negative_labels("labels", labels)
+    if key_labels is not labels:
+        _checks.warn_negative_labels("key_labels", key_labels)
 
-    pos = scale * parts.paired_products(new, old.detach(), normalize)  # [B]
+    pos = scale * parts.paired_products(new, old.detach(), normalize, eps)  # [B]
     banks = (old_keys.detach(), new_keys.detach() if detach_keys else new_keys)
     negatives = []
     for bank in banks:
-        query, keys = parts.matched(new, bank, normalize)
+        query, keys = parts.matched(new, bank, normalize, eps)
         native = _checks.takes_native(backend, query)
         if k is None:
             problem = SoftmaxProblem(query, keys, scale, None, labels, key_labels, exclude=key_index)
@@ -199,7 +213,7 @@ def ract_loss(
         else:
             hardest = parts.hardest_logits(native, query, keys, scale, labels, key_labels, key_index, k)
             negatives.append(reference.log_sum_exp(hardest, torch.ones_like(hardest, dtype=torch.bool)))
-    neg = torch.logaddexp(*negatives)
+    neg = reference.log_add_exp(*negatives)
     return parts.reduced(parts.log_odds_loss(neg, pos), None, reduction)
 
 
@@ -213,6 +227,7 @@ def metric_compatible_loss(
     positives: str = "sum_in_log",
     shared_negatives: bool = True,
     normalize: bool = True,
+    eps: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -241,6 +256,8 @@ def metric_compatible_loss(
         positives: "sum_in_log" or "mean_out".
         shared_negatives: False gives each term its own negatives alone (the single-system ablation).
         normalize: L2-normalise everything first.
+        eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
+            (the gradient of a zero row is divided by it too, and has to stay within float16).
         reduction: "mean" (the sum of the two terms, each averaged over its own rows with a positive), "sum",
             or "none" (a term without a positive counts 0 in its row).
         backend: "auto", "native" or "reference".
@@ -259,16 +276,17 @@ def metric_compatible_loss(
     _checks.rows("old", old, "reverse", reverse)
     _checks.rows("new", new, "reverse", reverse)
     _checks.indices("labels", labels, "reverse", reverse)
+    _checks.warn_negative_labels("labels", labels)
     scale = parts.inverse_temperature(temperature, "reverse", reverse)
-    itself = torch.arange(new.shape[0], device=new.device)
+    itself = torch.arange(new.shape[0], dtype=torch.int64, device=new.device)
     systems = []
     for query, keys, exclude in ((reverse, old.detach(), None), (new, new, itself)):
-        query, keys = parts.matched(query, keys, normalize)
+        query, keys = parts.matched(query, keys, normalize, eps)
         native = _checks.takes_native(backend, query)
         problem = SoftmaxProblem(query, keys, scale, None, labels, labels, exclude=exclude)
         systems.append(row_stats(native, problem))
     if shared_negatives:
-        shared = torch.logaddexp(*(stats.neg_lse for stats in systems))  # [B], log Z
+        shared = reference.log_add_exp(*(stats.neg_lse for stats in systems))  # [B], log Z
         systems = [stats._replace(neg_lse=shared) for stats in systems]
     rev, own = (parts.contrastive_from_stats(stats, positives, reduction) for stats in systems)
     return rev + own

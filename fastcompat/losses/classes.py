@@ -49,6 +49,7 @@ class BCTLoss(_ClassVectorLoss):
         old_weight: [C_old, D_old].
         old_bias: [C_old] or None.
         scale: None for the plain linear classifier, else the scale of a cosine classifier.
+        eps: rows shorter than this are divided by it; default: 1e-12, for float16 1e-3.
         reduction: "mean", "sum" or "none".
         backend: "auto", "native" or "reference".
     """
@@ -62,6 +63,7 @@ class BCTLoss(_ClassVectorLoss):
         old_bias: Tensor | None = None,
         *,
         scale: float | Tensor | None = None,
+        eps: float | None = None,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
@@ -71,7 +73,7 @@ class BCTLoss(_ClassVectorLoss):
             _checks.tensor("old_bias", old_bias)
         self.register_buffer("old_weight", old_weight.detach())
         self.register_buffer("old_bias", None if old_bias is None else old_bias.detach())
-        self.scale, self.reduction, self.backend = scale, reduction, backend
+        self.scale, self.eps, self.reduction, self.backend = scale, eps, reduction, backend
 
     def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return functional.bct_loss(
@@ -80,13 +82,16 @@ class BCTLoss(_ClassVectorLoss):
             self.old_weight,
             self.old_bias,
             scale=self.scale,
+            eps=self.eps,
             reduction=self.reduction,
             backend=self.backend,
         )
 
 
 class PrototypeLoss(_ClassVectorLoss):
-    """`functional.prototype_loss` with the prototypes held in a `fastcompat.PrototypeBank`.
+    """`functional.prototype_loss` with the prototypes held in a `fastcompat.PrototypeBank`, `bank`.
+
+    `prototypes` and `perturbed` are the bank's, to read and to set: `loss.perturbed = fc.ndpp(old, new)`.
 
     Args:
         prototypes: [C, D], kept as a frozen buffer; or a bank, whose prototypes and perturbed prototypes are
@@ -95,6 +100,7 @@ class PrototypeLoss(_ClassVectorLoss):
         perturb_negatives: use the perturbed prototypes for the other classes as well.
         temperature: a float, or an `nn.Parameter` to be learned.
         normalize: L2-normalise features and prototypes first.
+        eps: rows shorter than this are divided by it; default: 1e-12, for float16 1e-3.
         reduction: "mean", "sum" or "none".
         backend: "auto", "native" or "reference".
     """
@@ -107,6 +113,7 @@ class PrototypeLoss(_ClassVectorLoss):
         perturb_negatives: bool = False,
         temperature: float | Tensor = 0.07,
         normalize: bool = True,
+        eps: float | None = None,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
@@ -116,7 +123,25 @@ class PrototypeLoss(_ClassVectorLoss):
         bank = prototypes if isinstance(prototypes, PrototypeBank) else PrototypeBank(prototypes, perturbed)
         self.bank: PrototypeBank = bank
         self.perturb_negatives, self.temperature, self.normalize = perturb_negatives, temperature, normalize
-        self.reduction, self.backend = reduction, backend
+        self.eps, self.reduction, self.backend = eps, reduction, backend
+
+    @property
+    def prototypes(self) -> Tensor:
+        """The old prototypes [C, D] of the bank."""
+        return self.bank.prototypes
+
+    @prototypes.setter
+    def prototypes(self, value: Tensor) -> None:
+        self.bank.replace("prototypes", value)
+
+    @property
+    def perturbed(self) -> Tensor:
+        """The perturbed prototypes [C, D] of the bank."""
+        return self.bank.perturbed
+
+    @perturbed.setter
+    def perturbed(self, value: Tensor) -> None:
+        self.bank.replace("perturbed", value)
 
     def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return functional.prototype_loss(
@@ -127,6 +152,7 @@ class PrototypeLoss(_ClassVectorLoss):
             perturb_negatives=self.perturb_negatives,
             temperature=self.temperature,
             normalize=self.normalize,
+            eps=self.eps,
             reduction=self.reduction,
             backend=self.backend,
         )
@@ -141,6 +167,7 @@ class MarginSoftmaxLoss(_ClassVectorLoss):
         kind: "arcface" or "cosface".
         scale: a float, or an `nn.Parameter` to be learned.
         margin: radians for "arcface", a difference of cosines for "cosface".
+        eps: rows shorter than this are divided by it; default: 1e-12, for float16 1e-3.
         reduction: "mean", "sum" or "none".
         backend: "auto", "native" or "reference".
     """
@@ -152,13 +179,14 @@ class MarginSoftmaxLoss(_ClassVectorLoss):
         kind: str = "arcface",
         scale: float | Tensor = 30.0,
         margin: float = 0.3,
+        eps: float | None = None,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
         self.kind, self.scale, self.margin = kind, scale, margin
-        self.reduction, self.backend = reduction, backend
+        self.eps, self.reduction, self.backend = eps, reduction, backend
 
     def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return functional.margin_softmax_loss(
@@ -168,6 +196,7 @@ class MarginSoftmaxLoss(_ClassVectorLoss):
             kind=self.kind,
             scale=self.scale,
             margin=self.margin,
+            eps=self.eps,
             reduction=self.reduction,
             backend=self.backend,
         )

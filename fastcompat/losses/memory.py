@@ -22,9 +22,10 @@ class MemoryQueue(nn.Module):
         )
 
     With `positions` (numbers of the images in the data set) an image is in the queue once, with its newest
-    embedding, and `find` tells where. Memory and time are linear in `size`; neither the queue nor a loss
-    over it ever holds a table of batch times queue. The queue is part of the state_dict. After the
-    cross-batch memory of Wang et al., CVPR 2020, arXiv 1912.06798 (re-implementation).
+    embedding (the last row, if a batch brings it twice), and `find` tells where. Memory and time are linear
+    in `size`; neither the queue nor a loss over it ever holds a table of batch times queue. The queue is part
+    of the state_dict. After the cross-batch memory of Wang et al., CVPR 2020, arXiv 1912.06798
+    (re-implementation).
 
     Args:
         size: how many embeddings to keep.
@@ -45,13 +46,16 @@ class MemoryQueue(nn.Module):
         _checks.positive_int("size", size)
         _checks.positive_int("dim", dim)
         self.size, self.dim = size, dim
-        self.register_buffer("embeddings", torch.empty(0, dim))
-        self.register_buffer("labels", torch.empty(0, dtype=torch.int64))
-        self.register_buffer("positions", torch.empty(0, dtype=torch.int64))
+        # On torch's default device, as a module's buffers are.
+        device = torch.get_default_device()
+        self.register_buffer("embeddings", torch.empty(0, dim, dtype=torch.float32, device=device))
+        self.register_buffer("labels", torch.empty(0, dtype=torch.int64, device=device))
+        self.register_buffer("positions", torch.empty(0, dtype=torch.int64, device=device))
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]
 
+    @torch.inference_mode(False)  # losses of other batches train against what is held
     @torch.no_grad()
     def add(self, embeddings: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """Put a batch in, at the newest end; the oldest embeddings leave.
@@ -59,12 +63,12 @@ class MemoryQueue(nn.Module):
         Args:
             embeddings: [B, dim].
             labels: int64 [B].
-            positions: int64 [B], numbers of the images; earlier embeddings of the same images leave too. A
-                negative one matches nothing.
+            positions: int64 [B], numbers of the images; earlier embeddings of the same images leave too,
+                those of the same batch included. A negative one matches nothing.
 
         Returns:
-            int64 [B]: where each row of the batch now sits, -1 for rows that a batch larger than the queue
-            pushed out itself.
+            int64 [B]: where each row's image now sits (rows of one image share a place), -1 for rows that a
+            batch larger than the queue pushed out itself.
 
         Raises:
             ValueError, TypeError: arguments that do not fit.
@@ -73,27 +77,27 @@ class MemoryQueue(nn.Module):
         _checks.indices("labels", labels, "embeddings", embeddings)
         _checks.indices("positions", positions, "embeddings", embeddings, optional=True)
         held = (self.embeddings, self.labels, self.positions)
+        row = torch.arange(len(embeddings), dtype=torch.int64, device=labels.device)
         if positions is None:
-            positions = torch.full_like(labels, -1)
+            arriving, place = (embeddings, labels, torch.full_like(labels, -1)), row
         else:
-            kept = (self.positions < 0) | ~torch.isin(self.positions, positions)
-            held = (self.embeddings[kept], self.labels[kept], self.positions[kept])
-        arriving = (embeddings.to(self.embeddings.dtype), labels, positions)
+            stays = (self.positions < 0) | ~torch.isin(self.positions, positions)
+            held = (self.embeddings[stays], self.labels[stays], self.positions[stays])
+            newest = torch.where(positions < 0, row, _last(positions, positions))
+            enters = newest == row
+            arriving = (embeddings[enters], labels[enters], positions[enters])
+            place = (enters.cumsum(0) - 1)[newest]
         # New tensors instead of writes in place: a loss of an earlier batch may still want its keys back.
-        joined = [torch.cat(both)[-self.size :] for both in zip(held, arriving, strict=True)]
+        joined = [
+            torch.cat((old, new.to(old)))[-self.size :] for old, new in zip(held, arriving, strict=True)
+        ]
         self.embeddings, self.labels, self.positions = joined
-        first = len(self) - embeddings.shape[0]
-        return torch.arange(first, len(self), device=labels.device).clamp(min=-1)
+        return (place + len(self) - len(arriving[0])).clamp(min=-1)
 
     def find(self, positions: Tensor) -> Tensor:
         """Where the newest embedding of each image sits: int64 [B], -1 for images that are not held."""
         _checks.indices("positions", positions, "positions", positions)
-        if not len(self):
-            return torch.full_like(positions, -1)
-        ordered, place = self.positions.sort(stable=True)
-        last = torch.searchsorted(ordered, positions, right=True) - 1
-        found = (last >= 0) & (ordered[last.clamp(min=0)] == positions) & (positions >= 0)
-        return torch.where(found, place[last.clamp(min=0)], -1)
+        return torch.where(positions < 0, -1, _last(self.positions, positions))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The buffers are as long as the queue is full, so they take the saved length first.
@@ -103,3 +107,13 @@ class MemoryQueue(nn.Module):
                 rows = min(saved.shape[0], self.size)
                 setattr(self, name, buffer.new_empty(rows, *buffer.shape[1:]))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _last(among: Tensor, wanted: Tensor) -> Tensor:
+    """Where each of `wanted` [B] is found last `among` [n]: int64 [B], -1 for those that are not there."""
+    if not len(among):
+        return torch.full_like(wanted, -1)
+    ordered, place = among.sort(stable=True)
+    last = torch.searchsorted(ordered, wanted, right=True) - 1
+    found = (last >= 0) & (ordered[last.clamp(min=0)] == wanted)
+    return torch.where(found, place[last.clamp(min=0)], -1)

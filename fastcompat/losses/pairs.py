@@ -21,6 +21,7 @@ class ContrastiveLoss(nn.Module):
         temperature: a float, or an `nn.Parameter` to be learned.
         positives: "sum_in_log" or "mean_out".
         normalize: L2-normalise both sides first.
+        eps: rows shorter than this are divided by it; default: 1e-12, for float16 1e-3.
         reduction: "mean", "sum" or "none".
         backend: "auto", "native" or "reference".
     """
@@ -31,12 +32,13 @@ class ContrastiveLoss(nn.Module):
         temperature: float | Tensor = 0.07,
         positives: str = "sum_in_log",
         normalize: bool = True,
+        eps: float | None = None,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.temperature, self.positives, self.normalize = temperature, positives, normalize
-        self.reduction, self.backend = reduction, backend
+        self.eps, self.reduction, self.backend = eps, reduction, backend
 
     def forward(
         self,
@@ -56,14 +58,14 @@ class ContrastiveLoss(nn.Module):
             _checks.choice("positives", self.positives, parts.POSITIVES)
             _check_options_for_pairs(self.reduction, self.backend)
             scale = parts.inverse_temperature(self.temperature, "embeddings", embeddings)
-            query, keys = parts.matched(embeddings, keys, self.normalize)
+            query, keys = parts.matched(embeddings, keys, self.normalize, self.eps)
             z = reference.logits(query, keys, scale)
             stats = reference.masked_stats(z, *pair_masks(indices_tuple, z))
             return parts.contrastive_from_stats(stats, self.positives, self.reduction)
         if ref_labels is not None and (ref_emb is None or labels is None):
             missing = "ref_emb" if ref_emb is None else "labels"
             raise ValueError(f"`{missing}` must be given with `ref_labels`: got None")
-        row = torch.arange(embeddings.shape[0], device=embeddings.device)
+        row = torch.arange(embeddings.shape[0], dtype=torch.int64, device=embeddings.device)
         positive, key_labels = None, labels
         if labels is None:
             if ref_emb is None:
@@ -83,6 +85,7 @@ class ContrastiveLoss(nn.Module):
             temperature=self.temperature,
             positives=self.positives,
             normalize=self.normalize,
+            eps=self.eps,
             reduction=self.reduction,
             backend=self.backend,
         )
@@ -94,6 +97,7 @@ class SimCLRLoss(nn.Module):
     Args:
         temperature: a float, or an `nn.Parameter` to be learned.
         normalize: L2-normalise the embeddings first.
+        eps: rows shorter than this are divided by it; default: 1e-12, for float16 1e-3.
         reduction: "mean", "sum" or "none".
         backend: "auto", "native" or "reference".
     """
@@ -103,12 +107,13 @@ class SimCLRLoss(nn.Module):
         *,
         temperature: float | Tensor = 0.1,
         normalize: bool = True,
+        eps: float | None = None,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.temperature, self.normalize = temperature, normalize
-        self.reduction, self.backend = reduction, backend
+        self.eps, self.reduction, self.backend = eps, reduction, backend
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """The loss of two views `first` and `second` [B, D] of the same images."""
@@ -117,6 +122,7 @@ class SimCLRLoss(nn.Module):
             second,
             temperature=self.temperature,
             normalize=self.normalize,
+            eps=self.eps,
             reduction=self.reduction,
             backend=self.backend,
         )
@@ -134,6 +140,7 @@ class RACTLoss(nn.Module):
         k: how many negatives of each kind; None takes all.
         detach_keys: no gradient into the new embeddings as keys.
         normalize: L2-normalise everything first.
+        eps: rows shorter than this are divided by it; default: 1e-12, for float16 1e-3.
         reduction: "mean", "sum" or "none".
         backend: "auto", "native" or "reference".
     """
@@ -145,12 +152,13 @@ class RACTLoss(nn.Module):
         k: int | None = 10,
         detach_keys: bool = True,
         normalize: bool = True,
+        eps: float | None = None,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.temperature, self.k, self.detach_keys = temperature, k, detach_keys
-        self.normalize, self.reduction, self.backend = normalize, reduction, backend
+        self.normalize, self.eps, self.reduction, self.backend = normalize, eps, reduction, backend
 
     def forward(
         self,
@@ -186,6 +194,7 @@ class RACTLoss(nn.Module):
             k=self.k,
             detach_keys=self.detach_keys,
             normalize=self.normalize,
+            eps=self.eps,
             reduction=self.reduction,
             backend=self.backend,
         )
@@ -195,8 +204,10 @@ class RACTLoss(nn.Module):
         k = new.shape[0] if self.k is None else min(_checks.positive_int("k", self.k), new.shape[0])
         scale = parts.inverse_temperature(self.temperature, "embeddings", new)
         own = new.detach() if self.detach_keys else new
-        to_old = reference.logits(*parts.matched(new, old.detach(), self.normalize), scale)
-        to_new = reference.logits(*parts.matched(new, own, self.normalize), scale)
+        to_old, to_new = (
+            reference.logits(*parts.matched(new, keys, self.normalize, self.eps), scale)
+            for keys in (old.detach(), own)
+        )
         pos, neg = pair_masks(indices_tuple, to_old)
         itself = torch.eye(len(neg), dtype=torch.bool, device=neg.device)
         hardest = []
@@ -219,6 +230,7 @@ class MetricCompatibleLoss(nn.Module):
         positives: "sum_in_log" or "mean_out".
         shared_negatives: False for the single-system ablation.
         normalize: L2-normalise everything first.
+        eps: rows shorter than this are divided by it; default: 1e-12, for float16 1e-3.
         reduction: "mean", "sum" or "none".
         backend: "auto", "native" or "reference".
     """
@@ -230,12 +242,14 @@ class MetricCompatibleLoss(nn.Module):
         positives: str = "sum_in_log",
         shared_negatives: bool = True,
         normalize: bool = True,
+        eps: float | None = None,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.temperature, self.positives, self.normalize = temperature, positives, normalize
-        self.shared_negatives, self.reduction, self.backend = shared_negatives, reduction, backend
+        self.shared_negatives, self.eps = shared_negatives, eps
+        self.reduction, self.backend = reduction, backend
 
     def forward(self, reverse: Tensor, new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
         """The loss of `reverse` [B, D_old] and `new` [B, D_new] beside the old embeddings [B, D_old]."""
@@ -248,6 +262,7 @@ class MetricCompatibleLoss(nn.Module):
             positives=self.positives,
             shared_negatives=self.shared_negatives,
             normalize=self.normalize,
+            eps=self.eps,
             reduction=self.reduction,
             backend=self.backend,
         )

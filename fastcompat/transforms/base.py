@@ -170,7 +170,10 @@ class Transform(nn.Module):
         with evaluating(self):
             program = torch.onnx.export(
                 self,
-                tuple(self.like_weights(torch.zeros(2, width)) for width in self.inputs.values()),
+                tuple(
+                    self.like_weights(torch.zeros(2, width, dtype=torch.float32, device="cpu"))
+                    for width in self.inputs.values()
+                ),
                 input_names=tuple(self.inputs),
                 output_names=self.outputs,
                 dynamic_shapes=({0: rows},) * len(self.inputs),

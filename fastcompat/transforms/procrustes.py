@@ -29,7 +29,10 @@ class Procrustes(Transform):
 
     def __init__(self, d_src: int = 0, d_dst: int = 0) -> None:
         super().__init__({"src": d_src}, ("dst",), {"d_src": d_src, "d_dst": d_dst})
-        self.register_buffer("rotation", torch.eye(d_src, d_dst))
+        self.register_buffer(
+            "rotation",
+            torch.eye(d_src, d_dst, dtype=torch.get_default_dtype(), device=torch.get_default_device()),
+        )
 
     def forward(self, src: Tensor) -> Tensor:
         """`src` [B, d_src] rotated into the other space [B, d_dst]."""

@@ -76,7 +76,7 @@ class Training:
         with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             reset(body)
-            order = torch.randperm(count)
+            order = torch.randperm(count, dtype=torch.int64, device="cpu")
             history = self._epochs(body, order[:kept], order[kept:], loss, title)
         for module in modules:
             module.fitted = True
@@ -104,7 +104,7 @@ class Training:
             if 2 * epoch >= self.epochs:
                 _freeze_batch_norm(body)
             total = 0.0
-            order = rows[torch.randperm(len(rows))]
+            order = rows[torch.randperm(len(rows), dtype=torch.int64, device="cpu")]
             for step in range(steps):
                 value = loss(order[step * batch : (step + 1) * batch])
                 adam.zero_grad()

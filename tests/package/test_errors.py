@@ -44,11 +44,6 @@ def refused(call, error, message):
         "`keys` must have as many columns as `query`: got 3 and 6; project one",
     ),
     (
-        lambda: fc.softmax_stats(Q, K.half()),
-        TypeError,
-        "`keys` must have the dtype of `query`: got torch.float16 and torch.float32",
-    ),
-    (
         lambda: fc.softmax_stats(Q, K.to("meta")),
         ValueError,
         "`keys` must be on the device of `query`: got meta and cpu",

@@ -1,0 +1,175 @@
+"""What the registered operators accept, so that no call of `torch.ops.fastcompat.*` reaches foreign memory.
+
+The public functions check more, in the words of their callers. The numbers in `rows`, `ids`, `bounds` and the
+like are checked by the kernels on the CPU; on a GPU only the caller knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._native import DTYPES, METRICS
+
+
+def _matrix(name: str, x: Tensor | None) -> tuple[int, int]:
+    if x is None:
+        raise TypeError(f"`{name}` must be a tensor: got None")
+    if x.dim() != 2 or x.dtype not in DTYPES:
+        raise ValueError(
+            f"`{name}` must be float32, bfloat16 or float16 with 2 dimensions: "
+            f"got {x.dtype}, shape {list(x.shape)}"
+        )
+    return x.shape  # type: ignore[return-value]
+
+
+def _fits(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], beside: Tensor) -> None:
+    if x is not None and (x.dtype != dtype or x.shape != shape or x.device != beside.device):
+        raise ValueError(
+            f"`{name}` must be {dtype} {list(shape)} on {beside.device}: "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+
+
+def _needs(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], beside: Tensor) -> None:
+    if x is None:
+        raise TypeError(f"`{name}` must be a tensor: got None")
+    _fits(name, x, dtype, shape, beside)
+
+
+def _together(query_labels: Tensor | None, key_labels: Tensor | None) -> None:
+    if (query_labels is None) != (key_labels is None):
+        raise ValueError("`query_labels` and `key_labels` must be given together")
+
+
+def _metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"`metric` must be one of {METRICS}: got {metric!r}")
+
+
+def _width(x: Tensor | None) -> int:
+    return x.shape[-1] if x is not None and x.dim() else 0
+
+
+def _softmax(arguments: Sequence[Any]) -> tuple[int, int, int]:
+    query, keys, _, scale, bias, query_labels, key_labels, positive, exclude = arguments[:9]
+    rows, dim = _matrix("query", query)
+    count, _ = _matrix("keys", keys)
+    _fits("keys", keys, query.dtype, (count, dim), query)
+    if scale is not None and (scale.dim() or not scale.dtype == torch.float32):
+        raise ValueError(f"`scale_tensor` must be float32 []: got {scale.dtype} {list(scale.shape)}")
+    _fits("bias", bias, torch.float32, (count,), query)
+    _together(query_labels, key_labels)
+    _fits("query_labels", query_labels, torch.int64, (rows,), query)
+    _fits("key_labels", key_labels, torch.int64, (count,), query)
+    _fits("positive", positive, torch.int64, (rows,), query)
+    _fits("exclude", exclude, torch.int64, (rows,), query)
+    return rows, count, dim
+
+
+def _softmax_grad(query: Tensor, rows: int, vectors: Sequence[Tensor | None]) -> None:
+    for name, x in zip(("neg_lse", "pos_lse"), vectors, strict=False):
+        _needs(name, x, torch.float32, (rows,), query)
+    for name, x in zip(("grad_neg", "grad_pos", "grad_sum"), vectors[-3:], strict=True):
+        _fits(name, x, torch.float32, (rows,), query)
+
+
+def softmax_stats(*arguments: Any) -> None:
+    """Operands of `fastcompat::softmax_stats`."""
+    _softmax(arguments)
+
+
+def softmax_loss(*arguments: Any) -> None:
+    """Operands of `fastcompat::softmax_loss`."""
+    _softmax(arguments)
+
+
+def softmax_query_grad(*arguments: Any) -> None:
+    """Operands of `fastcompat::softmax_query_grad`."""
+    rows, _, dim = _softmax(arguments)
+    _softmax_grad(arguments[0], rows, arguments[9:])
+    _needs("mean", arguments[11], torch.float32, (rows, dim), arguments[0])
+
+
+def softmax_key_grad(*arguments: Any) -> None:
+    """Operands of `fastcompat::softmax_key_grad`."""
+    rows, _, _ = _softmax(arguments)
+    _softmax_grad(arguments[0], rows, arguments[9:-2])
+
+
+def _segment(query: Tensor, keys: Tensor, rows: Tensor | None, count: int, beside: Tensor) -> None:
+    _, dim = _matrix("query", query)
+    _fits("query", query, query.dtype, (count, dim), beside)
+    _fits("keys", keys, query.dtype, (_matrix("keys", keys)[0], dim), beside)
+    if rows is not None:
+        _fits("rows", rows, torch.int64, (rows.numel(),), beside)
+
+
+def topk(
+    query: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    scale: Sequence[float],
+    offset: Sequence[float],
+    k: int,
+    metric: str,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    exclude: Tensor | None,
+    packed: Sequence[Tensor],
+    report: bool = True,
+) -> None:
+    """Operands of `fastcompat::topk`."""
+    _metric(metric)
+    if k < 0:
+        raise ValueError(f"`k` must be at least 0: got {k}")
+    count = len(query)
+    lengths = {"keys": len(keys), "scale": len(scale), "offset": len(offset)}
+    lengths |= {"rows": len(rows) or count, "packed": len(packed) or count}
+    if not count or any(length != count for length in lengths.values()):
+        raise ValueError(
+            f"the lists must have one entry per segment, at least one: got {count} of `query`, {lengths}"
+        )
+    first = query[0]
+    number, _ = _matrix("query", first)
+    every: Sequence[Tensor | None] = rows or [None] * count
+    for q, x, chosen in zip(query, keys, every, strict=True):
+        _segment(q, x, chosen, number, first)
+    for x in packed:
+        _needs("packed", x, torch.float32, (x.numel(),), first)
+    _together(query_labels, key_labels)
+    _fits("query_labels", query_labels, torch.int64, (number,), first)
+    # An id is a row number of its segment's keys and indexes the labels.
+    _fits("key_labels", key_labels, torch.int64, (max(x.shape[0] for x in keys),), first)
+    _fits("exclude", exclude, torch.int64, (number,), first)
+
+
+def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> None:
+    """Operands of `fastcompat::pair_scores`."""
+    _metric(metric)
+    count, _ = _matrix("query", query)
+    _segment(query, keys, None, count, query)
+    _needs("ids", ids, torch.int64, (count, _width(ids)), query)
+
+
+def count_beats(
+    query: Tensor,
+    keys: Tensor,
+    rows: Tensor | None,
+    bounds: Tensor,
+    thresholds: Tensor,
+    threshold_ids: Tensor,
+    metric: str,
+    exclude: Tensor | None,
+) -> None:
+    """Operands of `fastcompat::count_beats`."""
+    _metric(metric)
+    count, _ = _matrix("query", query)
+    _segment(query, keys, rows, count, query)
+    _needs("bounds", bounds, torch.int64, (max(1, _width(bounds)),), query)
+    _needs("thresholds", thresholds, torch.float32, (count, _width(thresholds)), query)
+    _needs("threshold_ids", threshold_ids, torch.int64, (count, _width(thresholds)), query)
+    _fits("exclude", exclude, torch.int64, (count,), query)
