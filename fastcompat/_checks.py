@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import _native
+from ._arrays import as_tensor as as_tensor
+from ._arrays import give_back as give_back
 from ._native import DTYPES as NATIVE_DTYPES
 from ._native import METRICS as METRICS
 from ._native import NonFiniteError as NonFiniteError
@@ -243,29 +244,15 @@ def in_range(name: str, value: Tensor | None, size: int, *, none: bool = True, w
         )
 
 
-def as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor as it is, a NumPy array as a tensor over the same memory."""
-    if isinstance(value, Tensor):
-        return value
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"`{name}` must be a torch.Tensor or a NumPy array: got {type(value).__name__}")
-    plain = value.dtype.newbyteorder("=")
-    if value.dtype != plain or any(step < 0 or step % plain.itemsize for step in value.strides):
-        value = np.ascontiguousarray(value, dtype=plain)  # torch takes no such array
-    with ExitStack() as stack:
-        if not value.flags.writeable:
-            # A memory-mapped gallery is read-only; nothing here writes to it.
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message=".*not writable.*")
-        try:
-            return torch.from_numpy(value)
-        except TypeError:
-            raise TypeError(f"`{name}` must be a NumPy array of numbers: got dtype {value.dtype}") from None
-
-
-def give_back(result: tuple[Tensor, ...], given: object) -> Any:
-    """`result` as NumPy arrays if `given` is one."""
-    return tuple(part.numpy() for part in result) if isinstance(given, np.ndarray) else result
+def warn_negative_labels(name: str, labels: Tensor) -> None:
+    """Warn where negative labels other than -1 are: hashes, of which half would be no class."""
+    if values_readable(labels) and labels.numel() and int(labels.min()) < -1:
+        warnings.warn(
+            f"`{name}` holds negative labels other than -1, and a negative label equals no label: if they "
+            "are classes, number the classes of all sides together (numpy.unique(labels, "
+            "return_inverse=True)[1]); if they mark rows without a class, write -1",
+            stacklevel=2,
+        )
 
 
 def no_transforms(*, forward_mode: bool = True) -> None:

@@ -22,6 +22,8 @@ except ImportError as error:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 METRICS = ("cosine", "ip", "l2")
 
+VERSION = str(_C.build()["version"])
+
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _PRECISIONS = ("highest", "high", "medium")
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import fastcompat as fc
 
-from . import _checks, vector_files
+from . import _checks, _inputs
 from ._output import OutputFolder
 from ._terminal import fail, print_report
 from .backfill import BackfillCurve
+from .npy_files import read_npy
 from .transforms.base import Transform, as_features
 
 METHODS = ("mcl", "rqt", "fct", "fastfill", "procrustes")
@@ -52,10 +53,10 @@ def align(
             order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
             held_out, seen = order.tensor_split([min(HELD_OUT, len(y) // 5)])
             _refuse_unanswerable(y[held_out])
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             fail(str(error))
-        transform = _fitted(method, o[seen], n[seen], y[seen], seed)
-        found = _judged(method, transform, o[held_out], n[held_out], y[held_out], seed)
+        transform = _fitted(method, o[seen].float(), n[seen].float(), y[seen], seed)
+        found = _judged(method, transform, o[held_out].float(), n[held_out].float(), y[held_out], seed)
         seconds = round(time.perf_counter() - start, 1)
         description = (
             f"{method}: old {o.shape[1]} and new {n.shape[1]} dimensions; fitted to {len(seen):,} items, "
@@ -78,9 +79,10 @@ def align(
 
 
 def _load(old: Path, new: Path, labels: Path) -> tuple[Tensor, Tensor, Tensor]:
-    y = _checks.as_tensor("--labels", vector_files.read("labels", labels))
-    o, n = as_features(**{"--old": vector_files.read("old", old), "--new": vector_files.read("new", new)})
-    _checks.indices("--labels", y, "--old", o)
+    files = {name: read_npy(name, path, vectors=True) for name, path in (("--old", old), ("--new", new))}
+    o, n = as_features(**files)
+    file = read_npy("--labels", labels, vectors=False)
+    (y,) = _inputs.labels(("--labels",), (file,), (("--old", o),))
     if len(y) < 10:
         raise ValueError(f"`--old` must have at least 10 rows, to fit and to check: got {len(y)}")
     return o, n, y

@@ -7,12 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _inputs
 from ._ranking import Relevant, Space, average_precision, best_first, cutoffs, full_sort_ranks
 from .functional import Array
 
@@ -189,7 +188,7 @@ def backfill_curve(
         return number.double() / len(relevant.counted)
 
     def as_given(values: Tensor) -> Any:
-        return values.numpy() if isinstance(query_old, np.ndarray) else values
+        return _checks.give_back((values,), query_old)[0]
 
     mean_ap = [each[relevant.counted].mean() for each in ap]
     return BackfillCurve(
@@ -260,9 +259,7 @@ def _permutation(value: Any, count: int, seed: int, device: torch.device) -> Ten
     if value is None:
         # Drawn on the CPU, so that a seed means the same order on every device.
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(device)
-    order = _checks.as_tensor("order", value)
-    if order.dtype != torch.int64:
-        raise TypeError(f"`order` must be int64: got {order.dtype}; convert it with `order.long()` first")
+    order = _inputs.rows("order", value, None)
     if order.shape != (count,):
         raise ValueError(
             f"`order` must hold each of the {count} gallery ids once: got shape {list(order.shape)}; "

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,7 +118,7 @@ def retrieval_metrics(
         return float(values[relevant.counted].mean())
 
     def as_given(values: Tensor) -> Any:
-        return values.numpy() if isinstance(query, np.ndarray) else values
+        return _checks.give_back((values,), query)[0]
 
     return RetrievalMetrics(
         map=mean(ap),

@@ -49,9 +49,9 @@ def evaluate(
                 raise ValueError(f"`--out` must end in .html: got `{out}`")
             folder = stack.enter_context(OutputFolder(out.parent))
             upgrade = vector_files.load(old, new, labels, query_old, query_new, query_labels)
-            given = None if order == "random" else vector_files.read("order", Path(order))
+            given = None if order == "random" else vector_files.read_order(Path(order))
             found = vector_files.curves(upgrade, given, metric, states, seed)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             fail(str(error))
         seconds = round(time.perf_counter() - start, 1)
         description = vector_files.describe(upgrade, found, Path(order).name, metric)
