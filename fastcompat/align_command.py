@@ -18,7 +18,7 @@ import fastcompat as fc
 
 from . import _checks, _inputs
 from ._output import OutputFolder
-from ._terminal import fail, print_report
+from ._terminal import fail, print_report, shown
 from .backfill import BackfillCurve
 from .npy_files import read_npy
 from .transforms.base import Transform, as_features
@@ -26,6 +26,7 @@ from .transforms.base import Transform, as_features
 METHODS = ("mcl", "rqt", "fct", "fastfill", "procrustes")
 FORWARD = ("fct", "fastfill")  # the gallery is transformed; the others transform the query
 HELD_OUT, QUERIES = 20_000, 2_000  # at most so many items are held out, and so many of those search
+FILES = ("transform.pt", "figures.json")
 HEADER = ("serving, nothing re-embedded yet", "mAP", "CMC@1", "mAP on the way", "lost on the way")
 
 
@@ -48,7 +49,7 @@ def align(
     with ExitStack() as stack:
         try:
             _checks.choice("--method", method, METHODS)
-            folder = stack.enter_context(OutputFolder(out))
+            folder = stack.enter_context(OutputFolder(out, FILES))
             o, n, y = _load(old, new, labels)
             order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
             held_out, seen = order.tensor_split([min(HELD_OUT, len(y) // 5)])
@@ -73,9 +74,9 @@ def align(
         file = io.BytesIO()
         transform.save(file)
         written = folder.write(
-            {"transform.pt": file.getvalue(), "figures.json": json.dumps(figures, indent=1).encode()}
+            dict(zip(FILES, (file.getvalue(), json.dumps(figures, indent=1).encode()), strict=True))
         )
-    typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(str, written))}")
+    typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(shown, written))}")
 
 
 def _load(old: Path, new: Path, labels: Path) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +182,7 @@ def _notes(method: str, found: dict[str, BackfillCurve], out: Path) -> list[tupl
         ),
         (
             "How to use it",
-            f'fastcompat.{name}.load("{out / "transform.pt"}").transform(vectors) {use}.',
+            f"This {use}:\n\n    fastcompat.{name}.load({str(out / 'transform.pt')!r}).transform(vectors)",
         ),
     ]
     if "new alone" not in found:

@@ -19,7 +19,7 @@ import fastcompat as fc
 
 from . import _native, align_command, evaluate_command, selfcheck
 from ._output import OutputFolder
-from ._terminal import fail, print_report, print_table, refuse_missing_extra
+from ._terminal import fail, print_report, print_table, refuse_missing_extra, shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -114,7 +114,7 @@ def demo(
     start = time.perf_counter()
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(OutputFolder(out))
+            folder = stack.enter_context(OutputFolder(out, report.names()))
             images = demonstration.load(data)
         except ValueError as error:
             fail(str(error))
@@ -127,7 +127,7 @@ def demo(
             picture, found.to_dict(), title, found.description, rows, notes, seed=seed, seconds=seconds
         )
         written = folder.write(files)
-    typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(str, written))}")
+    typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(shown, written))}")
 
 
 app.command()(evaluate_command.evaluate)

@@ -109,6 +109,13 @@ class MixedGallery:
     def __len__(self) -> int:
         return len(self._old)
 
+    def __repr__(self) -> str:
+        sides = [f"old {_form(self._old)}"]
+        if self._state.new is not None:
+            sides.append(f"new {_form(self._state.new)}")
+        done = f"{self.fraction:.1%} backfilled"
+        return f"MixedGallery({len(self)} items: {', '.join(sides)}; {done}; metric {self._metric})"
+
     @property
     def fraction(self) -> float:
         """Share of the items that count with their new vector; 0 for an empty gallery."""
@@ -297,6 +304,10 @@ class MixedGallery:
         if again.any():
             raise ValueError(f"`{name}` must name each item once: got {int(in_order[1:][again][0])} twice")
         return rows
+
+
+def _form(x: Tensor) -> str:
+    return f"{x.shape[1]} dimensions of {str(x.dtype).removeprefix('torch.')}"
 
 
 class _Ids:
