@@ -1,6 +1,7 @@
 """Replace an embedding model without downtime: compatible training, mixed galleries, backfill curves."""
 
 from . import functional, losses
+from ._native import VERSION as __version__
 from ._native import build_info
 from .backfill import BackfillCurve, backfill_curve
 from .evaluate import RetrievalMetrics, retrieval_metrics
@@ -25,6 +26,7 @@ __all__ = [
     "RunningPrototypes",
     "SideInformation",
     "SoftmaxStats",
+    "__version__",
     "backfill_curve",
     "build_info",
     "class_prototypes",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from types import CodeType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import _native, _torch_hooks
+from ._arrays import as_tensor as as_tensor
+from ._arrays import give_back as give_back
 from ._native import DTYPES as NATIVE_DTYPES
 from ._native import METRICS as METRICS
 from ._native import NonFiniteError as NonFiniteError
@@ -36,8 +37,8 @@ def refuse_nonfinite(error: NonFiniteError, names: Sequence[tuple[str, str]]) ->
 def refuse_overflow(row: int, name: str) -> NoReturn:
     """Raise under the name the caller gave to the queries: this row has scores that no number holds."""
     raise ValueError(
-        f"`{name}` must have scores that float32 holds (below 3.4e38): row {row} has larger ones, whose order "
-        'is not known; multiply all vectors by a small constant, or use metric="cosine"'
+        f"`{name}` must have scores that float32 holds (below 3.4e38): row {row} has larger ones, whose "
+        'order is not known; multiply all vectors by a small constant, or use metric="cosine"'
     ) from None
 
 
@@ -281,9 +282,9 @@ def warn_negative_labels(name: str, labels: Tensor) -> None:
     if values_readable(labels) and labels.numel() and (low := _native.lowest(labels)) < -1:
         warn_once(
             "negative labels",
-            f"`{name}` holds negative labels other than -1, such as {low}; a negative label equals no label, "
-            "not even itself. If they are classes, number them from 0: "
-            "np.unique(labels, return_inverse=True)[1]",
+            f"`{name}` holds negative labels other than -1, such as {low}, and a negative label equals no "
+            "label: if they are classes, number the classes of all sides together (numpy.unique(labels, "
+            "return_inverse=True)[1]); if they mark rows without a class, write -1",
         )
 
 
@@ -301,31 +302,6 @@ def in_range(name: str, value: Tensor | None, size: int, *, none: bool = True, w
             f"`{name}` must hold {'-1 (none) or ' * none}row numbers below {size}: "
             f"got {low if low < lowest else high}"
         )
-
-
-def as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor as it is, a NumPy array as a tensor over the same memory."""
-    if isinstance(value, Tensor):
-        return value
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"`{name}` must be a torch.Tensor or a NumPy array: got {type(value).__name__}")
-    plain = value.dtype.newbyteorder("=")
-    if value.dtype != plain or any(step < 0 or step % plain.itemsize for step in value.strides):
-        value = np.ascontiguousarray(value, dtype=plain)  # torch takes no such array
-    with ExitStack() as stack:
-        if not value.flags.writeable:
-            # A memory-mapped gallery is read-only; nothing here writes to it.
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message=".*not writable.*")
-        try:
-            return torch.from_numpy(value)
-        except TypeError:
-            raise TypeError(f"`{name}` must be a NumPy array of numbers: got dtype {value.dtype}") from None
-
-
-def give_back(result: tuple[Tensor, ...], given: object) -> Any:
-    """`result` as NumPy arrays if `given` is one."""
-    return tuple(part.numpy() for part in result) if isinstance(given, np.ndarray) else result
 
 
 def no_transforms(*, forward_mode: bool = True) -> None:

@@ -24,6 +24,8 @@ except ImportError as error:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 METRICS = ("cosine", "ip", "l2")
 
+VERSION = str(_C.build()["version"])
+
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _PRECISIONS = ("highest", "high", "medium")
 
@@ -146,7 +148,7 @@ class _Call:
                 raise NonFiniteError(*_C.cuda.nonfinite(code))
 
     def refuse_overflow(self, scores: Tensor) -> None:
-        """Report infinite scores among the best that a search on a GPU found; the CPU's engine does itself."""
+        """Report infinite scores among the best that a search on a GPU found; the CPU's engine does."""
         if self.gpu and not torch.cuda.is_current_stream_capturing():
             beyond = (scores == torch.inf).any(1).nonzero()
             if len(beyond):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,21 +12,24 @@ from . import _files
 
 
 class OutputFolder:
-    """A folder that is known to be writable before the work starts.
+    """A folder that is known to take files of these names before the work starts.
 
     `write` puts complete files there; leaving the `with` block without it leaves nothing behind. Raises
     ValueError if the folder cannot be made or written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path, self.names = path, names
         self._made: list[Path] = []
 
     def __enter__(self) -> OutputFolder:
         try:
             self._made = _files.make_folder(self.path)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            for name in self.names:  # as `write` will do it
+                with tempfile.NamedTemporaryFile(prefix=f".{name}.", dir=self.path):
+                    pass
+                if (self.path / name).is_dir():
+                    raise IsADirectoryError(0, f"`{name}` is a folder there")
         except OSError as error:
             self.__exit__()
             raise self._refusal(error) from error

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks, _ops, reference
+from . import _checks, _inputs, _ops, reference
 
 # Entries of the largest table of one query block (of int64: 16 MiB).
 BLOCK = 2**21
@@ -22,8 +22,8 @@ class Space:
     """One embedding space: the queries, the gallery they rank, and the names the caller gave to both."""
 
     def __init__(self, query: Any, gallery: Any, names: tuple[str, str], metric: str, backend: str) -> None:
-        query, gallery = _checks.as_tensor(names[0], query), _checks.as_tensor(names[1], gallery)
-        _checks.pair(query, gallery, names)
+        query, gallery, _ = _inputs.pair(names, query, gallery)
+        gallery = gallery.to(query.dtype)
         _checks.choice("metric", metric, _checks.METRICS)
         self.native = _checks.takes_native(backend, query)
         self.names, self.metric = names, metric
@@ -85,7 +85,7 @@ class Space:
         return counts
 
     def scores(self, q: Tensor, ids: Tensor) -> Tensor:
-        """All scores [B, N] of the queries `q`, of which those of the items `ids` are to be ranked (reference)."""
+        """All scores [B, N] of the queries `q`, those of the items `ids` in range (reference)."""
         scores = reference.scores(self.query[q], self.gallery, self.metric)
         self._refuse_overflow(q, scores.gather(1, ids.clamp(min=0)), ids)
         return scores
@@ -124,13 +124,12 @@ class Relevant:
         exclude: Any,
         names: tuple[str, str] = ("query", "gallery"),
     ) -> None:
-        query_labels = _checks.as_tensor("query_labels", query_labels)
-        gallery_labels = _checks.as_tensor("gallery_labels", gallery_labels)
-        _checks.indices("query_labels", query_labels, names[0], query)
-        _checks.indices("gallery_labels", gallery_labels, names[1], gallery)
+        sides = (names[0], query), (names[1], gallery)
+        query_labels, gallery_labels = _inputs.labels(
+            ("query_labels", "gallery_labels"), (query_labels, gallery_labels), sides, needed=True
+        )
         if exclude is not None:
-            exclude = _checks.as_tensor("exclude", exclude)
-            _checks.indices("exclude", exclude, names[0], query)
+            exclude = _inputs.rows("exclude", exclude, sides[0])
             _checks.in_range("exclude", exclude, len(gallery), wait=True)
         self._exclude: Tensor | None = exclude
         self.query_labels, self.gallery_labels = query_labels, gallery_labels

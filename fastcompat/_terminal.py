@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -25,22 +26,58 @@ def refuse_missing_extra(error: ModuleNotFoundError, what: str) -> None:
         fail(f'{what} needs {extra}: pip install "fastcompat[demo]"')
 
 
+def shown(name: str | os.PathLike[str]) -> str:
+    """A file's name as it is; bytes that are no UTF-8 and control characters as Python writes them."""
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in os.fspath(name))
+
+
+def _escaped(letter: str) -> str:
+    surrogate = "\udc80" <= letter <= "\udcff"  # how Python keeps a byte that is no UTF-8
+    return f"\\x{ord(letter) - 0xDC00:02x}" if surrogate else letter.encode("unicode_escape").decode()
+
+
 def wrapped(text: str, indent: str = "") -> str:
-    """The text in lines that fit the terminal."""
+    """The text in lines that fit the terminal; a line that is indented already (code to copy) stays whole."""
     width = min(shutil.get_terminal_size().columns, 100)
-    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    lines = [
+        indent + part
+        for line in text.split("\n")
+        for part in (
+            [line]
+            if line.startswith(" ")
+            else textwrap.wrap(line, width - len(indent), break_long_words=False, break_on_hyphens=False)
+        )
+    ]
+    return "\n".join(lines)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows and columns if they fit the terminal, or else columns and rows, or else one column of both."""
+    width = shutil.get_terminal_size().columns
+    for table in (_aligned(rows), _aligned(list(zip(*rows, strict=True)))):
+        if all(len(line) <= width for line in table):
+            typer.echo("\n".join(table))
+            return
+    for row in rows[1:]:
+        typer.echo(row[0])
+        typer.echo(
+            "\n".join(f"  {name}: {cell}" for name, cell in zip(rows[0][1:], row[1:], strict=True) if cell)
+        )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as their longest cell; a header of several words takes two lines."""
     heads = [textwrap.wrap(cell, max(6, len(cell) // 2 + 2), break_long_words=False) for cell in rows[0]]
     deep = max(map(len, heads))
     lines = [*zip(*([""] * (deep - len(head)) + head for head in heads), strict=True), *rows[1:]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for row in lines:
-        cells = zip(row, widths, strict=True)
-        first, wide = next(cells)
-        typer.echo("  ".join([f"{first:{wide}}", *(f"{cell:>{wide}}" for cell, wide in cells)]))
+    return [
+        "  ".join(
+            f"{cell:{'<' if i == 0 else '>'}{wide}}"
+            for i, (cell, wide) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in lines
+    ]
 
 
 def print_report(description: str, rows: Sequence[Sequence[str]], notes: Sequence[tuple[str, str]]) -> None:

@@ -16,15 +16,17 @@ from torch import Tensor
 
 import fastcompat as fc
 
-from . import _checks, vector_files
+from . import _checks, _inputs
 from ._output import OutputFolder
-from ._terminal import fail, print_report
+from ._terminal import fail, print_report, shown
 from .backfill import BackfillCurve
+from .npy_files import read_npy
 from .transforms.base import Transform, as_features
 
 METHODS = ("mcl", "rqt", "fct", "fastfill", "procrustes")
 FORWARD = ("fct", "fastfill")  # the gallery is transformed; the others transform the query
 HELD_OUT, QUERIES = 20_000, 2_000  # at most so many items are held out, and so many of those search
+FILES = ("transform.pt", "figures.json")
 HEADER = ("serving, nothing re-embedded yet", "mAP", "CMC@1", "mAP on the way", "lost on the way")
 
 
@@ -47,16 +49,16 @@ def align(
     with ExitStack() as stack:
         try:
             _checks.choice("--method", method, METHODS)
-            folder = stack.enter_context(OutputFolder(out))
+            folder = stack.enter_context(OutputFolder(out, FILES))
             o, n, y = _load(old, new, labels)
             generator = torch.Generator("cpu").manual_seed(seed)
             order = torch.randperm(len(y), dtype=torch.int64, device="cpu", generator=generator)
             held_out, seen = order.tensor_split([min(HELD_OUT, len(y) // 5)])
             _refuse_unanswerable(y[held_out])
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             fail(str(error))
-        transform = _fitted(method, o[seen], n[seen], y[seen], seed)
-        found = _judged(method, transform, o[held_out], n[held_out], y[held_out], seed)
+        transform = _fitted(method, o[seen].float(), n[seen].float(), y[seen], seed)
+        found = _judged(method, transform, o[held_out].float(), n[held_out].float(), y[held_out], seed)
         seconds = round(time.perf_counter() - start, 1)
         description = (
             f"{method}: old {o.shape[1]} and new {n.shape[1]} dimensions; fitted to {len(seen):,} items, "
@@ -72,18 +74,19 @@ def align(
         }
         file = io.BytesIO()
         transform.save(file)
-        files = {"transform.pt": file.getvalue(), "figures.json": json.dumps(figures, indent=1).encode()}
+        files = dict(zip(FILES, (file.getvalue(), json.dumps(figures, indent=1).encode()), strict=True))
         try:
             written = folder.write(files)
         except ValueError as error:
             fail(str(error))
-    typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(str, written))}")
+    typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(shown, written))}")
 
 
 def _load(old: Path, new: Path, labels: Path) -> tuple[Tensor, Tensor, Tensor]:
-    y = _checks.as_tensor("--labels", vector_files.read("labels", labels))
-    o, n = as_features(**{"--old": vector_files.read("old", old), "--new": vector_files.read("new", new)})
-    _checks.indices("--labels", y, "--old", o)
+    files = {name: read_npy(name, path, vectors=True) for name, path in (("--old", old), ("--new", new))}
+    o, n = as_features(**files)
+    file = read_npy("--labels", labels, vectors=False)
+    (y,) = _inputs.labels(("--labels",), (file,), (("--old", o),))
     if len(y) < 10:
         raise ValueError(f"`--old` must have at least 10 rows, to fit and to check: got {len(y)}")
     return o, n, y
@@ -182,7 +185,7 @@ def _notes(method: str, found: dict[str, BackfillCurve], out: Path) -> list[tupl
         ),
         (
             "How to use it",
-            f'fastcompat.{name}.load("{out / "transform.pt"}").transform(vectors) {use}.',
+            f"This {use}:\n\n    fastcompat.{name}.load({str(out / 'transform.pt')!r}).transform(vectors)",
         ),
     ]
     if "new alone" not in found:

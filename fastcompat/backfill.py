@@ -8,17 +8,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _files
+from . import _checks, _files, _inputs
 from ._ranking import Relevant, Space, average_precision, best_first, cutoffs, full_sort_ranks
 from .functional import Array
 
+MAX_STATES = 10_000
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class BackfillCurve:
     """Retrieval quality of a gallery over the states of its backfill.
 
@@ -40,6 +41,13 @@ class BackfillCurve:
     negative_flips: Any
     positive_flips: Any
     skipped: int
+
+    def __repr__(self) -> str:
+        quality = f"mAP {float(self.map[0]):.3f} to {float(self.map[-1]):.3f} (mean {self.auc():.3f})"
+        lost = f"at most {float(self.negative_flips.max()):.1%} negative flips"
+        return (
+            f"BackfillCurve({len(self.fraction)} states: {quality}, {lost}, {self.skipped} queries skipped)"
+        )
 
     def auc(self, name: str = "map") -> float:
         """Area under one curve: the plain mean over the states of "map" or "cmc@k" (k one of `ks`)."""
@@ -139,7 +147,7 @@ def backfill_curve(
         gallery_labels: [N] int64.
         order: [N] int64, a permutation of the gallery ids, first to be backfilled first (None: random from
             `seed`).
-        states: T, at least 2.
+        states: T, from 2 to 10,000.
         ks: the cut-offs k of CMC@k.
         metric: "cosine", "ip" or "l2".
         baseline: (query [Q, D_b], gallery [N, D_b]) of the system that flips are counted against, ranked in
@@ -160,6 +168,11 @@ def backfill_curve(
     states, seed = _checks.positive_int("states", states), _checks.whole("seed", seed)
     if states < 2:
         raise ValueError(f"`states` must be at least 2, the old gallery and the new one: got {states}")
+    if states > MAX_STATES:
+        raise ValueError(
+            f"`states` must be at most {MAX_STATES:,}: got {states:,}; every state takes memory and "
+            f"time, and from one of {MAX_STATES:,} to the next {1 / MAX_STATES:.2%} of the gallery changes"
+        )
     ks = cutoffs(ks)
     relevant = Relevant(
         mixed.old.query, mixed.old.gallery, query_labels, gallery_labels, exclude, ("query_old", "old")
@@ -192,7 +205,7 @@ def backfill_curve(
         return number.double() / len(relevant.counted)
 
     def as_given(values: Tensor) -> Any:
-        return values.numpy() if isinstance(query_old, np.ndarray) else values
+        return _checks.give_back((values,), query_old)[0]
 
     mean_ap = [each[relevant.counted].mean() for each in ap]
     return BackfillCurve(
@@ -264,9 +277,7 @@ def _permutation(value: Any, count: int, seed: int, device: torch.device) -> Ten
         # Drawn on the CPU, so that a seed means the same order on every device.
         generator = torch.Generator("cpu").manual_seed(seed)
         return torch.randperm(count, dtype=torch.int64, device="cpu", generator=generator).to(device)
-    order = _checks.as_tensor("order", value)
-    if order.dtype != torch.int64:
-        raise TypeError(f"`order` must be int64: got {order.dtype}; convert it with `order.long()` first")
+    order = _inputs.rows("order", value, None)
     if order.shape != (count,):
         raise ValueError(
             f"`order` must hold each of the {count} gallery ids once: got shape {list(order.shape)}; "

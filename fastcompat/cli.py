@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
+import sys
 import time
+import warnings
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated
@@ -16,19 +19,37 @@ import fastcompat as fc
 
 from . import _native, align_command, evaluate_command, selfcheck
 from ._output import OutputFolder
-from ._terminal import fail, print_report, print_table, refuse_missing_extra
+from ._terminal import fail, print_report, print_table, refuse_missing_extra, shown
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def main() -> None:
     """Entry point of the `fastcompat` command."""
-    app()
+    warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
+    app(prog_name="fastcompat")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastcompat {fc.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _command() -> None:
+def _command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Replace an embedding model without downtime and without regret."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # no terminal's encoding stops a report
+            stream.reconfigure(errors="backslashreplace")
     try:
         fc.build_info()
     except ValueError as error:
@@ -93,7 +114,7 @@ def demo(
     start = time.perf_counter()
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(OutputFolder(out))
+            folder = stack.enter_context(OutputFolder(out, report.names()))
             images = demonstration.load(data)
         except ValueError as error:
             fail(str(error))
@@ -109,7 +130,7 @@ def demo(
             written = folder.write(files)
         except ValueError as error:
             fail(str(error))
-    typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(str, written))}")
+    typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(shown, written))}")
 
 
 app.command()(evaluate_command.evaluate)

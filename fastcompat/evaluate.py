@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from ._ranking import Relevant, Space, average_precision, best_first, cutoffs
 from .functional import Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QueryMetrics:
     """The figures of `RetrievalMetrics` for every query: float64 [Q] each, NaN for a skipped query.
 
@@ -27,8 +26,12 @@ class QueryMetrics:
     recall: dict[int, Any]
     map_at_r: Any
 
+    def __repr__(self) -> str:
+        cutoffs = ", ".join(map(str, self.cmc))
+        return f"QueryMetrics({len(self.map)} queries: map, cmc and recall at {cutoffs}, map_at_r)"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class RetrievalMetrics:
     """What `retrieval_metrics` returns: means over the counted queries (NaN if there is none).
 
@@ -47,6 +50,15 @@ class RetrievalMetrics:
     map_at_r: float
     skipped: int
     per_query: QueryMetrics
+
+    def __repr__(self) -> str:
+        figures = [("mAP", self.map)]
+        for name, values in (("CMC", self.cmc), ("recall", self.recall)):
+            figures += [(f"{name}@{k}", value) for k, value in values.items()]
+        figures.append(("mAP@R", self.map_at_r))
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in figures)
+        queries = len(self.per_query.map)
+        return f"RetrievalMetrics({queries} queries, {self.skipped} of them skipped: {shown})"
 
 
 def retrieval_metrics(
@@ -119,7 +131,7 @@ def retrieval_metrics(
         return float(values[relevant.counted].mean())
 
     def as_given(values: Tensor) -> Any:
-        return values.numpy() if isinstance(query, np.ndarray) else values
+        return _checks.give_back((values,), query)[0]
 
     return RetrievalMetrics(
         map=mean(ap),

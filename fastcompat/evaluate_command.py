@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ._output import OutputFolder
-from ._terminal import fail, print_report, refuse_missing_extra
+from ._terminal import fail, print_report, refuse_missing_extra, shown
 
 
 def evaluate(
@@ -23,7 +23,11 @@ def evaluate(
     query_new: Annotated[Path | None, typer.Option(help="New vectors of the same queries.")] = None,
     query_labels: Annotated[Path | None, typer.Option(help="Labels of the queries.")] = None,
     out: Annotated[
-        Path, typer.Option(help="The report; figures.json and curves.png are written beside it.")
+        Path,
+        typer.Option(
+            help="The report; its figures (figures.json, curves.png) are written beside it, under names that "
+            "begin with the report's where that is not report.html."
+        ),
     ] = Path("report.html"),
     order: Annotated[
         str,
@@ -46,15 +50,15 @@ def evaluate(
     with ExitStack() as stack:
         try:
             if out.suffix != ".html":
-                raise ValueError(f"`--out` must end in .html: got `{out}`")
-            folder = stack.enter_context(OutputFolder(out.parent))
+                raise ValueError(f"`--out` must end in .html: got `{shown(out)}`")
+            folder = stack.enter_context(OutputFolder(out.parent, report.names(out.name)))
             upgrade = vector_files.load(old, new, labels, query_old, query_new, query_labels)
-            given = None if order == "random" else vector_files.read("order", Path(order))
+            given = None if order == "random" else vector_files.read_order(Path(order))
             found = vector_files.curves(upgrade, given, metric, states, seed)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             fail(str(error))
         seconds = round(time.perf_counter() - start, 1)
-        description = vector_files.describe(upgrade, found, Path(order).name, metric)
+        description = vector_files.describe(upgrade, found, shown(Path(order).name), metric)
         rows, notes = vector_files.table(found), vector_files.notes(upgrade, found)
         print_report(description, rows, notes)
         both = found["both models"]
@@ -83,4 +87,4 @@ def evaluate(
             written = folder.write(files)
         except ValueError as error:
             fail(str(error))
-    typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(str, written))}")
+    typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(shown, written))}")

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from . import _checks, _search
+from . import _checks, _inputs, _promoted
 from .functional import Array
 from .reference import Segment
 
@@ -61,15 +57,14 @@ def mixed_topk(
         ValueError, TypeError: arguments that do not fit; NaN or inf in a row that is read, naming the first.
     """
     names = (("query_old", "old"), ("query_new", "new"))
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for name, side in zip(names, ((query_old, old), (query_new, new)), strict=True):
-        query, keys = _checks.as_tensor(name[0], side[0]), _checks.as_tensor(name[1], side[1])
-        _checks.pair(query, keys, name)
-        pairs.append((query, keys))
+    q_old, x_old, single = _inputs.pair(names[0], query_old, old, single=True)
+    q_new, x_new, also_single = _inputs.pair(names[1], query_new, new, single=True)
+    one_or_many(single, also_single, "query_old", "query_new")
+    pairs = [(q_old, x_old), (q_new, x_new)]
     _checks.rows("query_new", pairs[1][0], "query_old", pairs[0][0])
     _checks.rows("new", pairs[1][1], "old", pairs[0][1])
     _checks.same_device("new", pairs[1][1], "old", pairs[0][1])
-    done = backfilled_mask(backfilled, pairs[0][1])
+    done = _inputs.flags("backfilled", backfilled, ("old", x_old))
     k = _checks.positive_int("k", k)
     _checks.choice("metric", metric, _checks.METRICS)
     scales, offsets = two_numbers("scale", scale), two_numbers("offset", offset)
@@ -84,21 +79,17 @@ def mixed_topk(
             every = len(rows) == len(done)
             parts.append(Segment(*pairs[s], None if every else rows, scales[s], offsets[s]))
             used.append(names[s])
-    found = _search.topk(parts, k, metric, native=native, names=used)
+    found = _promoted.topk(parts, k, metric, native=native, names=used)
+    found = (found[0][0], found[1][0]) if single else found
     best, ids = _checks.give_back(found, query_old)
     return best, ids
 
 
-def backfilled_mask(value: Any, old: Tensor) -> Tensor:
-    """Which items [N] of the gallery count with their new vector."""
-    mask = _checks.as_tensor("backfilled", value)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"`backfilled` must be bool: got {mask.dtype}; write `backfilled != 0`")
-    if mask.dim() != 1:
-        raise ValueError(f"`backfilled` must have 1 dimension: got shape {list(mask.shape)}")
-    _checks.rows("backfilled", mask, "old", old)
-    _checks.same_device("backfilled", mask, "old", old)
-    return mask
+def one_or_many(first: bool, second: bool, *names: str) -> None:
+    """Both queries are one vector [D], or both are several [B, D]."""
+    if first != second:
+        one, several = names if first else names[::-1]
+        raise ValueError(f"`{one}` must have 2 dimensions, as `{several}` has: got one vector")
 
 
 def two_numbers(name: str, value: Sequence[float]) -> tuple[float, float]:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks, _folder, _native, _search
+from . import _checks, _folder, _inputs, _native, _promoted, _search
 from .functional import Array
-from .gallery import backfilled_mask, two_numbers
+from .gallery import one_or_many, two_numbers
 from .reference import Segment
 
 FORMAT = "fastcompat.MixedGallery"
@@ -90,18 +90,16 @@ class MixedGallery:
         ids: Given | None = None,
         backend: str = "auto",
     ) -> None:
-        self._old = _checks.as_tensor("old", old).detach()
-        _checks.matrix("old", self._old)
+        self._old = _inputs.matrix("old", old).detach()
         if (new is None) != (backfilled is None):
             given, missing = ("new", "backfilled") if backfilled is None else ("backfilled", "new")
             raise ValueError(f"`{missing}` must be given with `{given}`: got None; pass both or neither")
         mask = torch.zeros(len(self._old), dtype=torch.bool, device=self._old.device)
         if new is not None:
-            new = _checks.as_tensor("new", new).detach()
-            _checks.matrix("new", new)
+            new = _inputs.beside(_inputs.matrix("new", new), new, self._old).detach()
             _checks.rows("new", new, "old", self._old)
             _checks.same_device("new", new, "old", self._old)
-            mask = backfilled_mask(backfilled, self._old).clone()
+            mask = _inputs.flags("backfilled", backfilled, ("old", self._old)).clone()
         _checks.choice("metric", metric, _checks.METRICS)
         _checks.choice("backend", backend, _checks.BACKENDS)
         self._metric, self._backend = metric, backend
@@ -122,6 +120,13 @@ class MixedGallery:
 
     def __len__(self) -> int:
         return len(self._old)
+
+    def __repr__(self) -> str:
+        sides = [f"old {_form(self._old)}"]
+        if self._state.new is not None:
+            sides.append(f"new {_form(self._state.new)}")
+        done = f"{self.fraction:.1%} backfilled"
+        return f"MixedGallery({len(self)} items: {', '.join(sides)}; {done}; metric {self._metric})"
 
     @property
     def fraction(self) -> float:
@@ -149,6 +154,7 @@ class MixedGallery:
         parts: list[Segment] = []
         used: list[tuple[str, str]] = []
         queries: list[tuple[str, Tensor]] = []
+        singles: list[bool] = []
         for s, (given, keys, rows) in enumerate(sides):
             needed = len(rows) > 0 or (s == 0 and len(self) == 0)
             if given is None:
@@ -157,25 +163,29 @@ class MixedGallery:
                         f"`{names[s][0]}` must be given: got None, and {len(rows)} items need it"
                     )
                 continue
-            query = _checks.as_tensor(names[s][0], given)
-            _checks.matrix(names[s][0], query)
-            queries.append((names[s][0], query))
-            _checks.rows(*queries[-1], *queries[0])
             if keys is None:
-                continue
-            _checks.pair(query, keys, names[s])
-            if needed:
+                query, single = _inputs.queries(names[s][0], given)
+            else:
+                query, keys, single = _inputs.pair(names[s], given, keys, single=True)
+            singles.append(single)
+            queries.append((names[s][0], query))
+            one_or_many(singles[0], single, queries[0][0], names[s][0])
+            _checks.rows(*queries[-1], *queries[0])
+            if keys is not None and needed:
                 every = len(rows) == len(self)
                 parts.append(Segment(query, keys, None if every else rows, self._scale[s], self._offset[s]))
                 used.append(names[s])
         k = _checks.positive_int("k", k)
         native = all([_checks.takes_native(self._backend, part.query) for part in parts])
         packed: list[Tensor] = []
-        if native and not self._old.is_cuda:
+        one_dtype = all(part.keys.dtype == part.query.dtype for part in parts)
+        if native and one_dtype and not self._old.is_cuda:
             packed = [state.packed(part, self._metric, name) for part, name in zip(parts, used, strict=True)]
-        scores, ids = _search.topk(parts, k, self._metric, native=native, names=used, packed=packed)
+        scores, ids = _promoted.topk(parts, k, self._metric, native=native, names=used, packed=packed)
         if self._ids is not None:
             ids = self._ids.of_row[ids]
+        if singles[0]:
+            scores, ids = scores[0], ids[0]
         found: tuple[Array, Array] = _checks.give_back(
             (scores, ids), query_new if query_old is None else query_old
         )
@@ -195,8 +205,7 @@ class MixedGallery:
         Raises:
             ValueError, TypeError: arguments that do not fit; an unknown id; NaN or inf, naming the first row.
         """
-        values = _checks.as_tensor("vectors", vectors).detach()
-        _checks.matrix("vectors", values)
+        values = _inputs.beside(_inputs.matrix("vectors", vectors), vectors, self._old).detach()
         _checks.same_device("vectors", values, "old", self._old)
         rows = self._rows("ids", ids, ("vectors", values))
         bad = ~values.isfinite().all(1)
@@ -209,7 +218,13 @@ class MixedGallery:
             if new is None:
                 new = values.new_zeros(len(self), values.shape[1])
             else:
-                _checks.pair(values, new, ("vectors", "new"))
+                _checks.columns("new", new, "vectors", values)
+                values = values.to(new.dtype)
+                if not values.isfinite().all():
+                    row = int((~values.isfinite().all(1)).nonzero()[0])
+                    raise ValueError(
+                        f"`vectors` must fit {new.dtype}, the dtype of the new vectors: row {row} does not"
+                    )
                 if not self._may_write or state.backfilled[rows].any():
                     new = new.clone()
             new[rows] = values  # rows that no search reads
@@ -235,7 +250,7 @@ class MixedGallery:
         Raises:
             ValueError, TypeError: arguments that do not fit, at once; what `update` refuses, at that batch.
         """
-        wanted = _checks.as_tensor("order", order)
+        wanted = _inputs.rows("order", order, None, "ids")
         done = self._state.backfilled[self._rows("order", wanted)].to(wanted.device)
         left = _checks.give_back((wanted[~done],), order)[0]
         return self._batches(left, embed, _checks.positive_int("batch", batch))
@@ -310,8 +325,7 @@ class MixedGallery:
 
     def _rows(self, name: str, ids: Any, like: tuple[str, Tensor] | None = None) -> Tensor:
         """The rows of these items, each of them known and named once."""
-        wanted = _checks.as_tensor(name, ids)
-        _checks.indices(name, wanted, *(like or (name, wanted)))
+        wanted = _inputs.rows(name, ids, like, "ids")
         wanted = wanted.to(self._old.device)
         if self._ids is None:
             rows, known = wanted, (wanted >= 0) & (wanted < len(self))
@@ -328,12 +342,15 @@ class MixedGallery:
         return rows
 
 
+def _form(x: Tensor) -> str:
+    return f"{x.shape[1]} dimensions of {str(x.dtype).removeprefix('torch.')}"
+
+
 class _Ids:
     """The items' own ids, and their rows."""
 
     def __init__(self, ids: Any, old: Tensor) -> None:
-        given = _checks.as_tensor("ids", ids)
-        _checks.indices("ids", given, "old", old)
+        given = _inputs.rows("ids", ids, ("old", old), "ids")
         self._ascending, self._row = given.sort()
         again = self._ascending[1:] == self._ascending[:-1]
         if again.any():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _search, reference
+from . import _checks, _inputs, _search, reference
 from . import _loss_parts as parts
 from .functional import Array
 from .functional.engine import row_stats
@@ -60,7 +60,8 @@ def uncertainty(
         ValueError, TypeError: arguments that do not fit; no class; NaN or inf, naming the first bad row.
     """
     _checks.choice("kind", kind, ("least_confidence", "margin", "entropy"))
-    x, weight = _checks.as_tensor("features", features), _checks.as_tensor("class_weight", class_weight)
+    x, weight = _inputs.matrix("features", features), _inputs.matrix("class_weight", class_weight)
+    x, weight = _inputs.beside(x, features, weight), _inputs.beside(weight, class_weight, x)
     _checks.embeddings("class_weight", weight, "features", x)
     if not len(weight):
         raise ValueError("`class_weight` must have at least 1 row: got 0")

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -38,9 +39,11 @@ def figure(lines: list[Line], *, title: str, subtitle: str, caption: str, old_ma
         fig = Figure(figsize=(10, 5), dpi=160, facecolor="white")
         quality, lost = fig.subplots(1, 2)
         fig.subplots_adjust(left=0.055, right=0.875, top=0.78, bottom=0.2, wspace=0.55)
-        fig.text(0.012, 0.965, title, fontsize=14, fontweight="bold", va="top")
-        fig.text(0.012, 0.895, subtitle, fontsize=10, color=QUIET, va="top")
-        fig.text(0.012, 0.022, caption, fontsize=9, color=QUIET, va="bottom", linespacing=1.4)
+        heading = fig.text(0.012, 0.965, title, fontsize=14, fontweight="bold", va="top")
+        below = fig.text(0.012, 0.895, subtitle, fontsize=10, color=QUIET, va="top")
+        foot = fig.text(0.012, 0.022, caption, fontsize=9, color=QUIET, va="bottom", linespacing=1.4)
+        for text in (heading, below, foot):
+            text.set_parse_math(False)  # a dollar sign in a file's name is no formula
         _panel(quality, "Search quality (mAP)")
         _panel(lost, "Right before the upgrade, wrong now (top-1)")
         quality_ends: list[tuple[float, str, str]] = [(old_map, "old model", FAINT)]
@@ -109,6 +112,12 @@ def png(fig: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def names(page: str = "report.html") -> tuple[str, str, str]:
+    """The files of a report: picture, figures and page. Two reports in one folder have files of their own."""
+    before = "" if page == "report.html" else f"{Path(page).stem}-"
+    return f"{before}curves.png", f"{before}figures.json", page
+
+
 def pages(
     picture: Figure,
     figures: dict[str, Any],
@@ -125,8 +134,10 @@ def pages(
     run = {"seconds": seconds, "build": build_info(), "torch": torch.__version__}
     text = files("fastcompat").joinpath("templates", "report.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(text)
+    written = names(name)
     values = {"title": title, "description": description, "rows": rows, "notes": notes, "seed": seed}
+    values["json"] = written[1]
     drawn = png(picture)
     filled = page.render(picture=base64.b64encode(drawn).decode(), **values, **run)
     numbers = json.dumps(figures | run, indent=1).encode()
-    return {"curves.png": drawn, "figures.json": numbers, name: filled.encode()}
+    return dict(zip(written, (drawn, numbers, filled.encode()), strict=True))

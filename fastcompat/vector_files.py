@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from . import _checks, _inputs
+from ._arrays import NpyFile
 from .backfill import BackfillCurve, backfill_curve
+from .npy_files import read_npy
 
 KS = (1, 5, 10)
 BLOCK = 1024  # queries between two steps of the progress bar
@@ -52,7 +56,9 @@ def load(
             f"`{_option(missing)}` must be given with `{_option(given[0])}`: pass all three or none"
         )
     paths = {"old": old, "new": new, "gallery_labels": labels} | {n: p for n, p in queries.items() if p}
-    arrays = {name: read(name, path) for name, path in paths.items()}
+    files = {name: read_npy(_option(name), path, vectors=name in VECTORS) for name, path in paths.items()}
+    arrays = _vectors({name: file for name, file in files.items() if name in VECTORS})
+    arrays |= _labels({name: file for name, file in files.items() if name not in VECTORS}, arrays)
     if not given:
         arrays |= {"query_old": arrays["old"], "query_new": arrays["new"]}
         arrays["query_labels"] = arrays["gallery_labels"]
@@ -60,23 +66,29 @@ def load(
     return Upgrade(arrays, leave_one_out=not given)
 
 
-def read(name: str, path: Path) -> np.ndarray[Any, Any]:
-    """Vectors as float32, anything else as int64."""
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise ValueError(f"`{_option(name)}`: cannot read `{path}` ({error.strerror})") from error
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"`{_option(name)}`: `{path}` is no .npy file of numbers ({error})") from error
-    vectors = name in VECTORS
-    kinds, wanted, dtype = ("f", "floating point", np.float32) if vectors else ("iu", "whole", np.int64)
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in kinds:
-        held = found.dtype if isinstance(found, np.ndarray) else "several arrays"
-        raise ValueError(f"`{_option(name)}` must hold {wanted} numbers: `{path}` holds {held}")
-    if found.ndim != 1 + vectors:
-        shape = "[rows, columns]" if vectors else "[rows]"
-        raise ValueError(f"`{_option(name)}` must have the shape {shape}: `{path}` has {list(found.shape)}")
-    return found.astype(dtype, copy=False)
+def read_order(path: Path) -> np.ndarray[Any, Any]:
+    """The rows of the gallery, first to be backfilled first."""
+    file = read_npy("--order", path, vectors=False)
+    return _inputs.rows("--order", file, None).numpy()
+
+
+def _vectors(files: dict[str, NpyFile]) -> dict[str, Any]:
+    """Float16 as it lies in its files, which stay memory-mapped; float32 where they differ or are wider."""
+    found = {name: _inputs.matrix(_option(name), file) for name, file in files.items()}
+    for name, other in (("new", "old"), ("query_new", "query_old")):
+        if name in found:
+            _checks.rows(_option(name), found[name], _option(other), found[other])
+    dtypes = {x.dtype for x in found.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 and torch.float64 not in dtypes else torch.float32
+    return {name: x.to(dtype).numpy() for name, x in found.items()}
+
+
+def _labels(files: dict[str, NpyFile], vectors: dict[str, Any]) -> dict[str, Any]:
+    """Labels as int64; strings are numbered over the gallery and the queries together."""
+    sides = {"gallery_labels": "old", "query_labels": "query_old"}
+    of = [(_option(sides[name]), torch.from_numpy(vectors[sides[name]])) for name in files]
+    found = _inputs.labels([_option(name) for name in files], list(files.values()), of)
+    return {name: y.numpy() for name, y in zip(files, found, strict=True)}
 
 
 def curves(
@@ -94,7 +106,7 @@ def curves(
     common: dict[str, Any] = {"order": order, "metric": metric, "states": states, "seed": seed, "ks": KS}
     parts: dict[str, list[tuple[int, BackfillCurve]]] = {way: [] for way in ways}
     total = len(arrays["query_labels"])
-    with tqdm(total=total * len(ways), desc="judging", unit=" queries") as bar:
+    with tqdm(total=total * len(ways), desc="judging", unit=" queries", disable=None) as bar:
         for first in range(0, max(total, 1), BLOCK):
             rows = slice(first, first + BLOCK)
             block = {n: a[rows] for n, a in arrays.items() if n.startswith("query") or n == "exclude"}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import stat
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
@@ -20,9 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import _files
+from .._terminal import shown
 
 SIZE = 28  # pixels; images from a folder or zip are resized to SIZE x SIZE
 MANY_CLASSES = 30  # from here on the models are judged on classes never trained on
+LARGEST = 2**26  # bytes of an image file
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 DIGITS = "scikit-learn's digits"
 PARTS = {"train", "training", "val", "valid", "validation", "test"}
@@ -65,13 +70,15 @@ def load(source: str) -> ImageSet:
         labels = torch.from_numpy(digits.target).long()
         return ImageSet(DIGITS, images, labels, [str(c) for c in range(10)])
     path = Path(source)
+    if path.exists() and not (path.is_dir() or path.is_file()):
+        raise ValueError(f"`--data`: `{source}` is a pipe or a device; {HELP}")
     if not path.exists():
         raise ValueError(f"`--data`: there is no file or folder `{source}`; {HELP}")
     with ExitStack() as stack:
         read: Callable[[str], bytes]
         if path.is_dir():
             names = list(_walk(path))
-            read = lambda name: (path / name).read_bytes()  # noqa: E731
+            read = partial(_read_file, path)
         else:
             try:
                 archive = stack.enter_context(zipfile.ZipFile(path))
@@ -82,8 +89,26 @@ def load(source: str) -> ImageSet:
             except OSError as error:
                 raise _unreadable(source, error) from error
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
-            read = archive.read
-        return _read_all(path.resolve().name, source, _by_class(names, source), read)
+            read = partial(_read_member, archive)
+        return _read_all(shown(path.resolve().name), source, _by_class(names, source), read)
+
+
+def _read_file(root: Path, name: str) -> bytes:
+    status = (root / name).stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a device need not end
+        raise ValueError("a pipe or a device")
+    _refuse_large(status.st_size)
+    return (root / name).read_bytes()
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    _refuse_large(archive.getinfo(name).file_size)
+    return archive.read(name)
+
+
+def _refuse_large(size: int) -> None:
+    if size > LARGEST:
+        raise ValueError(f"{size:,} bytes, and at most {LARGEST:,} are read")
 
 
 def _unreadable(source: str, error: OSError) -> ValueError:
@@ -142,7 +167,10 @@ def _read_all(
     images = np.empty((len(members), SIZE, SIZE, 3), dtype=np.uint8)
     for i, (_, member) in enumerate(tqdm(members, desc="reading images", disable=None)):
         try:
-            with Image.open(io.BytesIO(read(member))) as image:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(read(member)))
+            with image:
                 small = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
                 images[i] = np.asarray(small)
         except Exception as error:  # Pillow and zipfile raise a dozen types for a damaged file

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _autograd, _checks, _search, reference
+from .. import _autograd, _checks, _inputs, _promoted, _search, reference
 from .. import _loss_parts as parts
 from ..reference import Segment, SoftmaxProblem, SoftmaxStats
 
@@ -100,14 +100,13 @@ def topk(
     """
     _checks.choice("metric", metric, _checks.METRICS)
     k = _checks.positive_int("k", k)
-    q, x = _checks.as_tensor("query", query), _checks.as_tensor("keys", keys)
-    labels = _optional("query_labels", query_labels), _optional("key_labels", key_labels)
-    skipped = _optional("exclude", exclude)
-    _checks.pair(q, x)
-    check_sets(q, x, *labels, None, skipped)
+    q, x, single = _inputs.pair(("query", "keys"), query, keys, single=True)
+    sides = ("query", q), ("keys", x)
+    labels = _inputs.labels(("query_labels", "key_labels"), (query_labels, key_labels), sides)
+    skipped = None if exclude is None else _inputs.rows("exclude", exclude, sides[0])
     _checks.in_range("exclude", skipped, x.shape[0], wait=True)
     native = _checks.takes_native(backend, q)
-    found = _search.topk(
+    found = _promoted.topk(
         [Segment(q, x)],
         k,
         metric,
@@ -116,6 +115,7 @@ def topk(
         exclude=skipped,
         native=native,
     )
+    found = (found[0][0], found[1][0]) if single else found
     result: tuple[Array, Array] = _checks.give_back(found, query)
     return result
 
@@ -149,22 +149,22 @@ def ranks(
             bad row.
     """
     _checks.choice("metric", metric, _checks.METRICS)
-    q, x = _checks.as_tensor("query", query), _checks.as_tensor("keys", keys)
-    wanted, skipped = _checks.as_tensor("targets", targets), _optional("exclude", exclude)
-    _checks.pair(q, x)
-    _checks.indices("targets", wanted, "query", q, dims=2)
-    _checks.indices("exclude", skipped, "query", q, optional=True)
+    q, x, single = _inputs.pair(("query", "keys"), query, keys, single=True)
+    wanted = _inputs.row_table("targets", targets, ("query", q), single)
+    skipped = None if exclude is None else _inputs.rows("exclude", exclude, ("query", q))
     _checks.in_range("targets", wanted, x.shape[0], wait=True)
     _checks.in_range("exclude", skipped, x.shape[0], wait=True)
     native = _checks.takes_native(backend, q)
     if skipped is not None:
         wanted = wanted.masked_fill(wanted == skipped[:, None], -1)
+    x = x.to(q.dtype)
     score = _search.pair_scores(q, x, wanted, metric, native=native)
     everything = torch.tensor([0, x.shape[0]], dtype=torch.int64, device=q.device)
     beaten = _search.count_beats(
         q, x, None, everything, score, wanted, metric, exclude=skipped, native=native
     )[:, :, 0]
-    result: Array = _checks.give_back((beaten.masked_fill(wanted < 0, -1),), query)[0]
+    places = beaten.masked_fill(wanted < 0, -1)
+    result: Array = _checks.give_back((places[0] if single else places,), query)[0]
     return result
 
 
@@ -212,7 +212,3 @@ def contrastive(
         query, keys = parts.normalised(problem.query, eps), parts.normalised(problem.keys, eps)
         problem = problem._replace(query=query, keys=keys)
     return parts.contrastive_from_stats(row_stats(native, problem), positives, reduction)
-
-
-def _optional(name: str, value: Tensor | np.ndarray | None) -> Tensor | None:
-    return None if value is None else _checks.as_tensor(name, value)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import _checks, _files, reference
+from .. import _checks, _files, _inputs, reference
 
 _BLOCK = 8192  # rows of `transform` at a time
 
@@ -90,8 +90,8 @@ class Transform(nn.Module):
                 found = self(*map(self.like_weights, block))
                 blocks.append(found if isinstance(found, tuple) else (found,))
         whole = [torch.cat(parts).to(tensors[0].device) for parts in zip(*blocks, strict=True)]
-        given = [part.numpy() for part in whole] if isinstance(features[0], np.ndarray) else whole
-        return given[0] if len(given) == 1 else tuple(given)
+        given = _checks.give_back(tuple(whole), features[0])
+        return given[0] if len(given) == 1 else given
 
     def save(self, path: File) -> None:
         """Write constructor arguments and weights to a file, by path or open; nothing in it is executable.
@@ -235,9 +235,8 @@ def as_features(**features: Any) -> list[Tensor]:
 
 
 def _same_rows(features: dict[str, Any]) -> list[Tensor]:
-    tensors = {name: _checks.as_tensor(name, value) for name, value in features.items()}
+    tensors = {name: _inputs.matrix(name, value) for name, value in features.items()}
     first = next(iter(tensors))
     for name, value in tensors.items():
-        _checks.matrix(name, value)
         _checks.rows(name, value, first, tensors[first])
     return list(tensors.values())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _checks, functional
+from .. import _checks, _inputs, functional
 from .base import Transform, as_features, check_width
 from .training import Training
 
@@ -156,10 +156,9 @@ class ForwardTransform(Transform):
                 raise ValueError(
                     "`labels` must be given with `log_variance`: got None; FastFill needs classes"
                 )
-            y = _checks.as_tensor("labels", labels)
+            (y,) = _inputs.labels(("labels",), (labels,), (("new", n),))
             w: Tensor
             b: Tensor | None
-            _checks.indices("labels", y, "new", n)
             if new_weight is None:
                 if new_bias is not None:
                     raise ValueError("`new_bias` must come with `new_weight`: got None for that")
@@ -188,13 +187,12 @@ def _side_mismatch(d_side: int | None) -> str:
 
 
 def _classifier(weight: Any, bias: Any, new: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    w = _checks.as_tensor("new_weight", weight)
-    _checks.matrix("new_weight", w)
+    w = _inputs.matrix("new_weight", weight)
     _checks.columns("new_weight", w, "new", new)
     _checks.in_range("labels", labels.clamp(min=-1), len(w))
     if bias is None:
         return w, None
-    b = _checks.as_tensor("new_bias", bias)
+    b = _inputs.vectors("new_bias", bias)
     if b.shape != (len(w),):
         raise ValueError(f"`new_bias` must have shape [{len(w)}], one per class: got shape {list(b.shape)}")
     return w, b

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _checks, functional
+from .. import _checks, _inputs, functional
 from ..losses import MetricCompatibleLoss
 from .base import Transform, as_features, check_width
 from .forward import block
@@ -171,8 +171,7 @@ class ReverseQueryTransform(Transform):
         check_width("old", o, self.options["d_old"])
         y = None
         if labels is not None:
-            y = _checks.as_tensor("labels", labels)
-            _checks.indices("labels", y, "old", o)
+            (y,) = _inputs.labels(("labels",), (labels,), (("old", o),))
         elif compatible is not None or head is not None:
             name = "compatible" if head is None else "head"
             raise ValueError(f"`labels` must be given with `{name}`: got None")

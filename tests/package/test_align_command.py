@@ -119,7 +119,7 @@ def spoiled(x: np.ndarray) -> np.ndarray:
             (),
             "`--labels` must have one entry per row of `--old`: got 399 and 400",
         ),
-        ({"labels": lambda x: x[:, None]}, (), "`--labels` must have the shape [rows]"),
+        ({"labels": lambda x: x.reshape(20, 20)}, (), "`--labels` must have the shape [rows]"),
         ({"labels": lambda x: x / 2}, (), "`--labels` must hold whole numbers"),
         ({"old": lambda x: x[0]}, (), "`--old` must have the shape [rows, columns]"),
         ({"new": lambda x: x.astype(int)}, (), "`--new` must hold floating point numbers"),

@@ -258,7 +258,7 @@ def test_an_interrupted_write_keeps_the_report_of_before(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     (tmp_path / "report.html").write_text("before")
-    with OutputFolder(tmp_path) as folder, monkeypatch.context() as patch:
+    with OutputFolder(tmp_path, ("report.html",)) as folder, monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             folder.write({"curves.png": b"now", "report.html": b"now"})

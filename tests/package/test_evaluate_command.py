@@ -121,10 +121,19 @@ def with_nan(x: np.ndarray) -> np.ndarray:
         ({"query-old": with_nan}, (), "`--query-old` must be finite: row 3 holds NaN or inf"),
         ({"old": lambda x: x[0]}, (), "`--old` must have the shape [rows, columns]: `"),
         ({"old": lambda x: x.astype(int)}, (), "`--old` must hold floating point numbers: `"),
-        ({"labels": lambda x: x[:, None]}, (), "`--labels` must have the shape [rows]: `"),
+        ({"labels": lambda x: x.reshape(6, 10)}, (), "`--labels` must have the shape [rows]: `"),
+        ({"labels": lambda x: x.astype("u8") + 2**63}, (), "`--labels` must be below 2^63: `"),
         ({"labels": lambda x: x + 0.5}, (), "`--labels` must hold whole numbers: `"),
-        ({"query-labels": lambda x: x.astype(str)}, (), "`--query-labels` must hold whole numbers: `"),
-        ({"labels": lambda x: x.astype(object)}, (), "is no .npy file of numbers ("),
+        (
+            {"query-labels": lambda x: x.astype(str)},
+            (),
+            "`--labels` must hold strings as `--query-labels` does",
+        ),
+        (
+            {"labels": lambda x: x.astype(object)},
+            (),
+            "holds Python objects; where it was made, stack the rows",
+        ),
         ({"query-labels": lambda x: x + 100}, (), "`--labels` must make some item relevant"),
         (
             {"query-labels": lambda x: x[:0], "query-old": lambda x: x[:0], "query-new": lambda x: x[:0]},
@@ -159,16 +168,3 @@ def test_some_of_the_queries_files(arrays: Arrays, tmp_path: Path) -> None:
     del arrays["query-new"]
     message = "`--query-new` must be given with `--query-old`: pass all three or none"
     assert message in call(tmp_path, arrays).output
-
-
-@pytest.mark.parametrize("content", (b"", b"a,b\n1,2\n", b"\x93NUMPY\x01\x00v\x00"))
-def test_a_file_that_is_no_array(content: bytes, arrays: Arrays, tmp_path: Path) -> None:
-    (tmp_path / "other.npy").write_bytes(content)
-    result = call(tmp_path, arrays, "--new", str(tmp_path / "other.npy"))
-    assert result.exit_code == 2 and "`--new`: `" in result.output and "is no .npy file" in result.output
-
-
-def test_several_arrays_in_one_file(arrays: Arrays, tmp_path: Path) -> None:
-    np.savez(tmp_path / "all.npz", **arrays)
-    result = call(tmp_path, arrays, "--new", str(tmp_path / "all.npz"))
-    assert result.exit_code == 2 and "holds several arrays" in result.output

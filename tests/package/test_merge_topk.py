@@ -70,7 +70,8 @@ def result_lists(draw: st.DrawFn) -> list[List]:
     for width in draw(st.lists(st.integers(0, 6), min_size=1, max_size=5)):
         row = st.lists(score, min_size=width, max_size=width)
         names = st.lists(item, min_size=width, max_size=width)
-        lists.append(([draw(row) for _ in range(queries)], [draw(names) for _ in range(queries)]))
+        scores = [sorted(draw(row), reverse=True) for _ in range(queries)]
+        lists.append((scores, [draw(names) for _ in range(queries)]))
     return lists
 
 
@@ -148,8 +149,39 @@ def test_results_of_faiss() -> None:
 
 def test_other_integer_types() -> None:
     scores = np.array([[2.0, 1.0, 0.5]], dtype=np.float32)
-    for ids in (np.array([[4, 9, 2**64 - 1]], dtype=np.uint64), np.array([[4, 9, -1]], dtype=np.int32)):
+    for ids in (np.array([[4, 9, -1]], dtype=np.int32), np.array([[4.0, 9, -1]]), [[4, 9, -1]]):
         assert fc.merge_topk([(scores, ids)], 3)[1].tolist() == [[4, 9, -1]]
+    assert fc.merge_topk([(scores, np.array([[4, 9, 2**63 - 1]], np.uint64))], 3)[1][0, 2] == 2**63 - 1
+
+
+@pytest.mark.parametrize("id", (2**63, 2**63 + 5, 2**64 - 1))
+def test_hashes_that_int64_does_not_hold(id: int) -> None:
+    scores = np.array([[2.0, 1.0]], dtype=np.float32)
+    for ids in (np.array([[id, 3]], np.uint64), torch.tensor(np.array([[id, 3]], np.uint64)), [[id, 3]]):
+        with pytest.raises(ValueError, match=rf"`results\[0\]\[1\]` must be below 2\^63: got {id}; "):
+            fc.merge_topk([(scores, ids)], 2)
+
+
+def test_a_single_query() -> None:
+    query, keys = torch.randn(8), torch.randn(30, 8)
+    for shards in ([fc.topk(query, keys, 5)], [fc.topk(query[None], keys, 5)]):
+        found = fc.merge_topk(shards * 2, 3)
+        assert all(torch.equal(a, b[..., :3]) for a, b in zip(found, shards[0], strict=True))
+
+
+def test_distances_are_refused_where_scores_are_read() -> None:
+    """Ascending lists, as engines give distances; places alone are right as they are."""
+    near, far = np.array([[0.1, 0.5, 0.5]]), np.array([[7.0, 0.0, 9.0]])
+    ids = np.array([[4, 5, 6]])
+    for method in ("score", "zscore", "minmax"):
+        with pytest.raises(ValueError, match=r"`results\[1\]\[0\]` .* ascend, as distances do: give minus"):
+            fc.merge_topk([(-near, ids), (near, ids)], 2, method=method)
+        with pytest.raises(ValueError, match="ascend, as distances do"):  # around an empty slot
+            fc.merge_topk([(far, np.array([[4, -1, 6]]))], 2, method=method)
+        with pytest.raises(ValueError, match="row 0 is not; sort them with their ids"):
+            fc.merge_topk([(far, ids)], 2, method=method)
+        fc.merge_topk([(far, np.array([[4, 5, -1]]))], 2, method=method)
+    assert fc.merge_topk([(near, ids), (near, ids)], 2, method="rrf")[1].tolist() == [[4, 5]]
 
 
 S, IDS = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
@@ -163,11 +195,13 @@ BAD = torch.tensor([[0.0, 0, 0], [0, math.inf, 0]])
         ([], {}, ValueError, "`results` must hold at least one pair (scores, ids): got none"),
         ([S], {}, TypeError, "`results[0]` must be a pair (scores, ids): got Tensor"),
         ([(S, IDS), (S, IDS, IDS)], {}, TypeError, "`results[1]` must be a pair"),
-        ([(S.tolist(), IDS)], {}, TypeError, "`results[0][0]` must be a torch.Tensor or a NumPy array"),
+        ([({1.0}, IDS)], {}, TypeError, "`results[0][0]` must be a tensor, an array, a list or a column"),
         ([(IDS, S)], {}, TypeError, "`results[0][0]` must be float32"),
-        ([(S, S)], {}, TypeError, "`results[0][1]` must hold whole numbers: got torch.float32"),
+        ([(S, S + 0.5)], {}, TypeError, "`results[0][1]` must hold whole numbers: got 0.5"),
         ([(S, IDS > 0)], {}, TypeError, "`results[0][1]` must hold whole numbers: got torch.bool"),
-        ([(S[0], IDS)], {}, ValueError, "`results[0][0]` must have 2 dimensions"),
+        ([(S[0], IDS)], {}, ValueError, "`results[0][1]` must have the shape of `results[0][0]`"),
+        ([(S, IDS), (S[0], IDS[0])], {}, ValueError, "`results[1][0]` must have the shape [queries, k]"),
+        ([(S[0], IDS[0]), (S, IDS)], {}, ValueError, "`results[1][0]` must have the shape [k], as"),
         (
             [(S, IDS[:, 1:])],
             {},

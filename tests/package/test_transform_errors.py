@@ -121,15 +121,18 @@ VALUES = [
     (order(features=OLD.double(), backend="native"), '`backend="native"` does not cover torch.float64'),
 ]
 TYPES = [
-    (fct(OLD.tolist(), NEW), "`old` must be a torch.Tensor or a NumPy array: got list"),
+    (
+        fct({"vectors": OLD}, NEW),
+        "`old` must be a tensor, an array, a list or a column of a data frame: got dict",
+    ),
     (fct(OLD.long(), NEW), "`old` must be float32, bfloat16, float16 or float64: got torch.int64"),
     (fct(OLD, NEW, epochs=1.5), "`epochs` must be an int: got float"),
     (fct(OLD, NEW, seed=None), "`seed` must be an int: got NoneType"),
     (
-        fastfill(OLD, NEW, Y.int()),
-        "`labels` must be int64: got torch.int32",
+        fastfill(OLD, NEW, Y + 0.5),
+        "`labels` must hold whole numbers: got 0.5",
     ),
-    (rqt(np.array([["a"]]), NEW), "`old` must be a NumPy array of numbers: got dtype <U1"),
+    (rqt(np.array([["a"]]), NEW), "`old` must hold numbers: got strings"),
     (lambda: fc.ForwardTransform(6, 8, 3).transform(OLD), "`transform` takes `old` and `side`: got 1 arrays"),
     (lambda: fc.ReverseQueryTransform(8.0, 6), "`d_new` must be an int: got float"),
     (order(features=OLD.long()), "`features` must be float32, bfloat16, float16 or float64: got torch.int64"),
