@@ -1,8 +1,8 @@
 """Which matrix kernels the baselines run: torch's, and faiss's under the setting that is fastest here.
 
-faiss brings an OpenBLAS of its own, which on a processor that it does not know falls back to its oldest kernel,
-several times slower. `OPENBLAS_CORETYPE` decides before the library is loaded, so every setting is tried in a
-fresh process.
+faiss brings an OpenBLAS of its own, which falls back to its oldest kernel, several times slower, on a
+processor that it does not know. `OPENBLAS_CORETYPE` decides before the library is loaded, so every setting is
+tried in a fresh process.
 """
 
 from __future__ import annotations
