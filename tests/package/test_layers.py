@@ -13,8 +13,8 @@ from fastcompat import _native, _ops, selfcheck
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fastcompat"
-# Lowest first. A module imports from floors below its own, and freely inside its own folder. A name is a module
-# or a folder of the package; `folder.module` places one module of a folder apart from the rest.
+# Lowest first. A module imports from floors below its own, and freely inside its own folder. A name is a
+# module or a folder of the package; `folder.module` places one module of a folder apart from the rest.
 FLOORS = (
     "_native _output _terminal",  # the native module; files and terminals
     "_checks _ops",  # errors in arguments; torch operators
