@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import blas
 import pytest
+import result
 from cases import table
-from machine import Speed, describe, peaks, speed
+from machine import Speed, commit, cpu_flags, describe, now, peaks, speed
 from side import CONTEXT
 
-MEASURED_PEAKS = pytest.StashKey[dict[int, dict[str, float]]]()
+PEAKS = pytest.StashKey[dict[int, dict[str, float]]]()
+FAISS = pytest.StashKey[dict[int, dict[str, Any]]]()
+CASES = pytest.StashKey[list[result.Case]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the two options of a run."""
+    """Add the options of a run."""
     group = parser.getgroup("fastcompat bench")
     group.addoption("--quick", action="store_true", help="small sizes, one thread: a smoke test")
     group.addoption("--threads", help="thread counts to measure (default: 1,2; with --quick: 1)")
+    group.addoption("--result", type=Path, help="file to write: see result.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start with nothing measured."""
+    config.stash[PEAKS], config.stash[FAISS], config.stash[CASES] = {}, {}, []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -35,11 +46,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def peak(request: pytest.FixtureRequest, threads: int) -> dict[str, float]:
     """Peak rates at this thread count, measured in the same run."""
-    known = request.config.stash.setdefault(MEASURED_PEAKS, {})
+    known = request.config.stash[PEAKS]
     if threads not in known:
         with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
             known[threads] = pool.submit(peaks, threads).result()
     return known[threads]
+
+
+@pytest.fixture(scope="session")
+def faiss_core(request: pytest.FixtureRequest, threads: int) -> str:
+    """Return the setting under which faiss is fastest at this thread count."""
+    known = request.config.stash[FAISS]
+    if threads not in known:
+        known[threads] = blas.best_for_faiss(threads, cpu_flags(), CONTEXT)
+    return str(known[threads].get("core", blas.UNSET))
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +69,18 @@ def machine_speed(threads: int) -> Iterator[Speed]:
         yield Speed(lambda: pool.submit(speed, threads).result())
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Add what matters about the machine, and leave out the host's name."""
-    machine_info.pop("node", None)
-    machine_info.update(describe(), peak=config.stash.get(MEASURED_PEAKS, {}))
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> list[result.Case]:
+    """Return where a case's figures go."""
+    return request.config.stash[CASES]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the file, what stands in it of the machine included."""
+    stash, path = session.config.stash, session.config.getoption("result")
+    if path is None or not stash[CASES]:
+        return
+    found = {f"faiss, {n} thread(s)": blas.sentence(x) for n, x in stash[FAISS].items() if x}
+    baselines = {"torch": blas.torch_kernels(), **found}
+    machine = {**describe(), "peak": stash[PEAKS], "baselines": baselines}
+    result.write(path, {"date": now(), "commit": commit(), "machine": machine, "cases": stash[CASES]})

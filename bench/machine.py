@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +31,7 @@ def describe() -> dict[str, Any]:
     """Return what a reader needs to judge a timing."""
     build = fc.build_info()
     cpu = _cpuinfo()
-    flags = cpu.get("flags", "").split()
+    flags = cpu_flags()
     return {
         "cpu": cpu.get("model name", platform.processor()),
         "cpu_model": " ".join(cpu.get(key, "?") for key in ("cpu family", "model", "stepping")),
@@ -44,6 +45,23 @@ def describe() -> dict[str, Any]:
             "compiler": str(build["compiler"]),
         },
     }
+
+
+def cpu_flags() -> list[str]:
+    """Return what the processor says it can do."""
+    return _cpuinfo().get("flags", "").split()
+
+
+def commit() -> dict[str, Any]:
+    """Return which source was measured, and whether it had changes of its own."""
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    found, changes = git(["git", "rev-parse", "HEAD"]), git(["git", "status", "--porcelain", "-uno"])
+    return {"id": found.stdout.strip(), "dirty": bool(changes.stdout)}
+
+
+def now() -> str:
+    """Return date and time in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def peaks(threads: int) -> dict[str, float]:

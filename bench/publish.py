@@ -11,9 +11,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from table import MIB, Case, load, rows, tables
+from result import Case, Run
+from table import MIB, load, rows, tables
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: {} -->\n\n", "\n<!-- end of measured -->\n"
@@ -41,14 +41,12 @@ ROWS = (
 )
 
 
-def readme(run: dict[str, Any], link: str) -> Iterator[str]:
+def readme(run: Run, link: str) -> Iterator[str]:
     """Yield the short table: one thread, times faster, losing sizes bold."""
     cases = {
-        (c["kind"], c["dtype"], c["shape"][0], c["shape"][2]): c
-        for c in (entry["extra_info"] for entry in run["benchmarks"])
-        if c["threads"] == 1
+        (c["kind"], c["dtype"], c["shape"][0], c["shape"][2]): c for c in run["cases"] if c["threads"] == 1
     }
-    info, loss = run["machine_info"], cases["frozen", "float32", 1024, 128]
+    info, loss = run["machine"], cases["frozen", "float32", 1024, 128]
     ours, eager = (f"{loss['sides'][side]['peak_extra'] / MIB:.0f}" for side in ("ours", "eager"))
     torch, faiss = (info["versions"][name].partition("+")[0] for name in ("torch", "faiss"))
     text = (
@@ -76,16 +74,16 @@ def times(case: Case, side: str) -> str:
     return f"**{ratio:.2g}x**" if ratio < 0.995 else text
 
 
-def performance(run: dict[str, Any], link: str) -> Iterator[str]:
+def performance(run: Run, link: str) -> Iterator[str]:
     """Yield everything the result holds."""
-    yield f"## {run['machine_info']['cpu']}, {run['machine_info']['build'].get('simd', '?')}"
+    yield f"## {run['machine']['cpu']}, {run['machine']['build'].get('simd', '?')}"
     yield ""
-    yield f"Measured on {run['datetime'][:10]}; {link}."
+    yield f"Measured on {run['date'][:10]}; {link}."
     yield ""
     yield from tables(run)
 
 
-PAGES: dict[str, Callable[[dict[str, Any], str], Iterator[str]]] = {
+PAGES: dict[str, Callable[[Run, str], Iterator[str]]] = {
     "README.md": readme,
     "docs/performance.md": performance,
 }

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from table import SHORT, TITLES, Case
+from result import Case, Run
+from table import SHORT, TITLES
 
 # Okabe and Ito's colours, safe for colour-blind readers.
 COLOURS = {
@@ -36,11 +36,10 @@ GREY = "#8A8A8A"
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def draw(run: dict[str, Any], path: Path) -> None:
+def draw(run: Run, path: Path) -> None:
     """Draw the kernels on one thread: by dimension, and search by what it computes per byte."""
-    cases = [entry["extra_info"] for entry in run["benchmarks"]]
-    cases = [case for case in cases if case["threads"] == 1 and case["operations"]]
-    peaks = run["machine_info"]["peak"]["1"]
+    cases = [case for case in run["cases"] if case["threads"] == 1 and case["operations"]]
+    peaks = run["machine"]["peak"]["1"]
     figure = Figure(figsize=(11, 6), dpi=130, facecolor="white", layout="constrained")
     by_dim, by_intensity = figure.subplots(1, 2, sharey=True, width_ratios=(1.3, 1))
     search = [case for case in cases if case["kind"] == "topk_ip"]

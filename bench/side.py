@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import blas
 import torch
 from baselines import Call, build
 from cases import Case, inputs
@@ -32,11 +33,11 @@ SAMPLE = 1024  # rows of a result that are compared
 class Side:
     """A measured side: `seconds` gathers its timings (per call), `result` is a sample of its first result."""
 
-    def __init__(self, case: Case, name: str, threads: int) -> None:
+    def __init__(self, case: Case, name: str, threads: int, core: str) -> None:
         """Start the process and wait for its first call."""
         self.name = name
         self._connection, theirs = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_serve, args=(theirs, case, name, threads), daemon=True)
+        self._process = CONTEXT.Process(target=_serve, args=(theirs, case, name, threads, core), daemon=True)
         self._process.start()
         theirs.close()
         self.result, self.output_bytes, self.peak_extra, self.first = self._receive()
@@ -71,8 +72,10 @@ class Side:
         self._process.join()
 
 
-def _serve(connection: Connection, case: Case, name: str, threads: int) -> None:
+def _serve(connection: Connection, case: Case, name: str, threads: int, core: str) -> None:
     try:
+        if name == "faiss":
+            blas.apply(core)
         torch.set_num_threads(1 if name == "one thread" else threads)
         compiled = name == "compile"
         if not compiled:  # a second shape would make the compiled code dynamic

@@ -6,13 +6,14 @@ counts around which the machine gave more of its best, whatever came out; the la
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from result import Case, Run, read
 
 MIB = 1 << 20
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -36,40 +37,37 @@ TARGET_SIZE = [1024, 65_536]  # of the losses
 # Of eager torch's peak extra memory, results not counted. Eager reaches that peak, three matrices of logits,
 # before it has results: it is the same with the keys frozen and without.
 MEMORY_SHARE = 0.05
-Case = dict[str, Any]
 
 
-def load(result: Path) -> dict[str, Any]:
+def load(result: Path) -> Run:
     """Return a machine's result: of each case the measurement around which the machine was fastest."""
     files = sorted(result.glob("*.json")) if result.is_dir() else [result]
-    first, *later = runs = [json.loads(file.read_text()) for file in files]
-    assert all(run["machine_info"]["cpu"] == first["machine_info"]["cpu"] for run in later), "two machines"
-    entries = [entry for run in runs for entry in run["benchmarks"]]
+    first, *later = runs = [read(file) for file in files]
+    assert all(run["machine"]["cpu"] == first["machine"]["cpu"] for run in later), "two machines"
+    everything = [case for run in runs for case in run["cases"]]
     by_threads: dict[int, list[Case]] = {}
-    for entry in entries:
-        by_threads.setdefault(entry["extra_info"]["threads"], []).append(entry["extra_info"])
+    for case in everything:
+        by_threads.setdefault(case["threads"], []).append(case)
     best = {threads: best_speed(cases) for threads, cases in by_threads.items()}
 
-    def speed(entry: dict[str, Any]) -> float:
-        case = entry["extra_info"]
+    def speed(case: Case) -> float:
         return min(machine_shares(case, best[case["threads"]])) if case.get("speeds") else 0.0
 
-    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for entry in entries:
-        case = entry["extra_info"]
+    chosen: dict[tuple[Any, ...], Case] = {}
+    for case in everything:
         key = (case["kind"], case["dtype"], *case["shape"], case["threads"])
-        if key not in kept or speed(entry) >= speed(kept[key]):
-            kept[key] = entry
+        if key not in chosen or speed(case) >= speed(chosen[key]):
+            chosen[key] = case
     # The best that the processor ever gave: a run that began in a busy minute must not flatter itself.
     peak: dict[str, dict[str, float]] = {}
     for run in runs:
-        for threads, rates in run["machine_info"]["peak"].items():
+        for threads, rates in run["machine"]["peak"].items():
             known = peak.setdefault(threads, {})
             known.update({name: max(rate, known.get(name, 0.0)) for name, rate in rates.items()})
-    for entry in kept.values():
-        entry["extra_info"]["peak"] = peak[str(entry["extra_info"]["threads"])]
-    found = sorted(kept.values(), key=lambda entry: entry["extra_info"]["threads"])
-    return {**first, "machine_info": {**first["machine_info"], "peak": peak}, "benchmarks": found}
+    for case in chosen.values():
+        case["peak"] = peak[str(case["threads"])]
+    found = sorted(chosen.values(), key=lambda case: case["threads"])
+    return {**first, "machine": {**first["machine"], "peak": peak}, "cases": found}
 
 
 def rows(header: Iterable[str], body: Iterable[Iterable[str]]) -> Iterator[str]:
@@ -99,6 +97,8 @@ def machine(info: dict[str, Any]) -> Iterator[str]:
         peaks = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items() if not name.startswith("read"))
         reads = f"; reads {rates['read GB/s']:.0f} GB/s" if "read GB/s" in rates else ""
         yield f"Peak GF/s, {threads} thread(s): {peaks}{reads}."
+    for baseline, kernels in info.get("baselines", {}).items():
+        yield f"Kernels of {baseline}: {kernels}."
     yield ""
 
 
@@ -216,10 +216,10 @@ def memory(cases: list[Case]) -> Iterator[str]:
     return rows(["case", "D", "ours MiB", "of which results", "eager MiB", "ours / eager"], body)
 
 
-def tables(run: dict[str, Any]) -> list[str]:
+def tables(run: Run) -> list[str]:
     """Return everything a result holds, line by line."""
-    lines = list(machine(run["machine_info"]))
-    everything = [entry["extra_info"] for entry in run["benchmarks"]]
+    lines = list(machine(run["machine"]))
+    everything = run["cases"]
     counts = sorted({case["threads"] for case in everything})
     lines += ["### Targets: measured (wanted), **bold** = met", ""]
     lines += targets(everything)

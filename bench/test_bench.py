@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from statistics import median
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +45,8 @@ def test_case(
     threads: int,
     peak: dict[str, float],
     machine_speed: Speed,
+    faiss_core: str,
+    measured: list[dict[str, Any]],
     benchmark: BenchmarkFixture,
     request: pytest.FixtureRequest,
 ) -> None:
@@ -55,7 +57,9 @@ def test_case(
     if threads > 1:
         case = replace(case, against=case.against | SCALING.get(case.kind, {}))
     with ExitStack() as stack:
-        ours, *others = (stack.enter_context(Side(case, name, threads)) for name in ("ours", *case.against))
+        ours, *others = (
+            stack.enter_context(Side(case, name, threads, faiss_core)) for name in ("ours", *case.against)
+        )
         differences = {side.name: _difference(ours, side) for side in others}
         for name, difference in differences.items():
             inexact = (
@@ -84,25 +88,25 @@ def test_case(
         benchmark.pedantic(time_ours, setup=time_others, rounds=rounds)
 
     benchmark.group = case.kind
-    benchmark.extra_info.update(
-        kind=case.kind,
-        dtype=str(case.dtype).removeprefix("torch."),
-        shape=[case.queries, case.keys, case.dim],
-        threads=threads,
-        operations=case.operations,
-        peak=peak,
-        speeds=speeds,
-        targets=case.against,
-        output_bytes=ours.output_bytes,
-        sides={
-            side.name: {
-                "seconds": side.seconds,
-                "median": median(side.seconds),
-                "peak_extra": side.peak_extra,
-                "difference": differences.get(side.name),
-            }
-            for side in (ours, *others)
-        },
+    measured.append(
+        {
+            "kind": case.kind,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "shape": [case.queries, case.keys, case.dim],
+            "threads": threads,
+            "operations": case.operations,
+            "speeds": speeds,
+            "targets": case.against,
+            "output_bytes": ours.output_bytes,
+            "sides": {
+                side.name: {
+                    "rounds": side.seconds,
+                    "peak_extra": side.peak_extra,
+                    "difference": differences.get(side.name),
+                }
+                for side in (ours, *others)
+            },
+        }
     )
     if case.extra_limit is not None:
         extra = ours.peak_extra - ours.output_bytes

@@ -1,7 +1,31 @@
-# FASTCOMPAT_CUDA decides what CUDA may do; this file says in one line what it did. It leaves behind
-# FASTCOMPAT_CUDA_ARCHS (empty: no CUDA kernels) and, with FASTCOMPAT_NVCC=pypi, uses the nvcc that pip has installed.
+# FASTCOMPAT_CUDA decides what CUDA may do; this file says in one line, the last one of the configuration, what it did
+# and why. It leaves behind FASTCOMPAT_CUDA_ARCHS (empty: no CUDA kernels).
 if(NOT FASTCOMPAT_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "FASTCOMPAT_CUDA must be AUTO, ON or OFF, not '${FASTCOMPAT_CUDA}'")
+endif()
+include(cmake/nvcc.cmake)
+
+# A plain include() of this file returns to CMakeLists.txt after this.
+macro(without_cuda reason)
+  if(FASTCOMPAT_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "fastcompat: FASTCOMPAT_CUDA=ON, but ${reason}")
+  endif()
+  cmake_language(DEFER CALL message STATUS "fastcompat: CUDA kernels are not built: ${reason}")
+  return()
+endmacro()
+
+if(FASTCOMPAT_CUDA STREQUAL "OFF")
+  without_cuda("FASTCOMPAT_CUDA=OFF")
+endif()
+find_nvcc(nvcc reason)
+if(reason)
+  without_cuda("${reason}")
+endif()
+set(CMAKE_CUDA_COMPILER "${nvcc}")
+include(CheckLanguage)
+check_language(CUDA) # CMake's own trial, which also links
+if(NOT CMAKE_CUDA_COMPILER)
+  without_cuda("${nvcc} compiles, but CMake's trial of it fails: ${CMAKE_BINARY_DIR}/CMakeFiles has its log")
 endif()
 
 # The portable kernels become PTX for compute capability 8.0 once, and that machine code for each generation; the PTX is
@@ -13,41 +37,20 @@ set(archs
   90   # H100, H200: what the Hopper kernels do not cover
   100  # B200, GB200
   120) # RTX 50, RTX PRO Blackwell
-
-if(FASTCOMPAT_CUDA STREQUAL "OFF")
-  message(STATUS "fastcompat: CUDA kernels are not built (FASTCOMPAT_CUDA=OFF)")
-  return()
-endif()
-if(FASTCOMPAT_NVCC STREQUAL "pypi")
-  # pip puts nvidia/cu13/{bin,lib} somewhere on sys.path; nvcc itself would look for the libraries in lib64.
-  find_package(Python REQUIRED COMPONENTS Interpreter)
-  execute_process(COMMAND "${Python_EXECUTABLE}" -c "import glob, sys
-print(next((nvcc for path in sys.path for nvcc in glob.glob(path + '/nvidia/cu*/bin/nvcc')), ''))"
-    OUTPUT_VARIABLE nvcc OUTPUT_STRIP_TRAILING_WHITESPACE)
-  if(NOT nvcc)
-    message(FATAL_ERROR "FASTCOMPAT_NVCC=pypi, but Python finds no nvidia/cu*/bin/nvcc; build with pip and without --no-build-isolation")
-  endif()
-  cmake_path(GET nvcc PARENT_PATH bin)
-  cmake_path(GET bin PARENT_PATH toolkit)
-  set(CMAKE_CUDA_COMPILER "${nvcc}")
-  link_directories("${toolkit}/lib")
-  set(ENV{LIBRARY_PATH} "${toolkit}/lib:$ENV{LIBRARY_PATH}") # for CMake's own try at linking
-endif()
-
-include(CheckLanguage)
-check_language(CUDA)
-if(NOT CMAKE_CUDA_COMPILER)
-  set(advice "put nvcc on PATH, set CUDACXX, or take it from PyPI with the environment variable FASTCOMPAT_NVCC=pypi")
-  if(FASTCOMPAT_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "FASTCOMPAT_CUDA=ON, but there is no CUDA compiler that works; ${advice}")
-  endif()
-  message(STATUS "fastcompat: CUDA kernels are not built: no CUDA compiler that works; ${advice}")
-  return()
-endif()
-
+set(why "every GPU from 8.0 on")
 if(DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(archs ${CMAKE_CUDA_ARCHITECTURES})
+  set(why "CMAKE_CUDA_ARCHITECTURES")
 else()
+  # Six generations take five minutes of processor time. Where the machine has GPUs, they are what the build is for, and
+  # the PTX serves others; where it has none (an image, a package to hand on) the build must suit any. ON is the latter.
+  if(FASTCOMPAT_CUDA STREQUAL "AUTO")
+    gpus_at_hand(found)
+    if(found)
+      set(archs ${found})
+      set(why "the GPUs of this machine; FASTCOMPAT_CUDA=ON builds for every GPU")
+    endif()
+  endif()
   set(CMAKE_CUDA_ARCHITECTURES OFF)
   # A toolkit older than an architecture builds the others.
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known)
@@ -82,4 +85,5 @@ set(FASTCOMPAT_CUDA_ARCHS ${archs} 90a-real)
 list(TRANSFORM FASTCOMPAT_CUDA_ARCHS REPLACE "-real" "")
 list(TRANSFORM FASTCOMPAT_CUDA_ARCHS REPLACE "(.*)-virtual" "PTX \\1")
 list(JOIN FASTCOMPAT_CUDA_ARCHS "," FASTCOMPAT_CUDA_ARCHS)
-message(STATUS "fastcompat: CUDA kernels are built by ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION} for ${FASTCOMPAT_CUDA_ARCHS}")
+cmake_language(DEFER CALL message STATUS
+  "fastcompat: CUDA kernels are built by ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION} for ${FASTCOMPAT_CUDA_ARCHS} (${why})")

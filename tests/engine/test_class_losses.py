@@ -101,6 +101,7 @@ def test_margin_softmax_loss(backend, kind, margin):
     )
 
 
+@pytest.mark.one_simd
 def test_beyond_the_angle_where_arcface_would_turn():
     """At pi - margin and above the logit goes on falling with the angle."""
     angle = torch.linspace(0.01, math.pi - 0.01, 200, dtype=torch.float64)

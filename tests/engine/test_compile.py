@@ -8,7 +8,7 @@ import torch
 import fastcompat as fc
 from fastcompat import _ops, functional
 
-# Nothing here depends on the instruction set, and every case compiles for a second.
+pytestmark = pytest.mark.one_simd  # every case compiles for a second
 
 
 def gradients(function, *inputs):

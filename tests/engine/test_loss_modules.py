@@ -47,6 +47,7 @@ def some_pairs(y, ref_y=None, share=0.5):
 
 
 @pytest.mark.parametrize("with_old", [False, True])
+@pytest.mark.one_simd
 def test_pairs_as_in_supcon(with_old):
     x, y = torch.randn(20, 16), torch.randint(3, (20,))
     named = {"ref_emb": torch.randn(26, 16), "ref_labels": torch.randint(3, (26,))} if with_old else {}
@@ -57,6 +58,7 @@ def test_pairs_as_in_supcon(with_old):
     same(value_and_gradient(ours, x, None, pairs, **named), value_and_gradient(ours, x, y, pairs, **named))
 
 
+@pytest.mark.one_simd
 def test_triplets_as_in_supcon():
     x, y = torch.randn(20, 16), torch.randint(3, (20,))
     triplets = miners.TripletMarginMiner(margin=0.1)(x, y)
@@ -66,6 +68,7 @@ def test_triplets_as_in_supcon():
     same(value_and_gradient(ours, x, y, triplets), value_and_gradient(theirs, x, y, triplets))
 
 
+@pytest.mark.one_simd
 def test_pairs_as_in_ntxent_with_one_positive_per_anchor():
     x, y = torch.randn(24, 16), one_positive_each()
     first, positive, *negatives = some_pairs(y, share=0.6)
@@ -94,6 +97,7 @@ def test_ract_pairs_that_say_what_the_labels_say(k, detach):
     torch.testing.assert_close(loss(x, y, ref_emb=old, ref_labels=y), function)
 
 
+@pytest.mark.one_simd
 def test_ract_leaves_out_rows_without_a_positive_pair():
     x, old = torch.randn(6, 5), torch.randn(6, 5)
     none = torch.empty(0, dtype=torch.int64)

@@ -21,6 +21,7 @@ from fastcompat import functional, losses
     named=st.booleans(),
     seed=st.integers(0, 99),
 )
+@pytest.mark.one_simd
 def test_a_queue_is_a_list(size, batches, named, seed):
     """Against a deque of (embedding, label, position) from which repeated images are taken out."""
     torch.manual_seed(seed)
@@ -48,6 +49,7 @@ def test_a_queue_is_a_list(size, batches, named, seed):
         assert found == (everyone.index(position) if named and position in everyone else -1)
 
 
+@pytest.mark.one_simd
 def test_a_batch_that_brings_an_image_twice_leaves_it_in_the_queue_once():
     queue, x = losses.MemoryQueue(3, 2), torch.arange(12.0).reshape(6, 2)
     image = torch.tensor([5, 7, 5, -1, -1, 7])
@@ -58,6 +60,7 @@ def test_a_batch_that_brings_an_image_twice_leaves_it_in_the_queue_once():
     assert torch.equal(queue.embeddings, x[3:]) and queue.positions.tolist() == [-1, -1, 7]
 
 
+@pytest.mark.one_simd
 def test_rows_without_a_position_stay():
     queue = losses.MemoryQueue(10, 2)
     some = torch.tensor([-1, 3])
@@ -112,6 +115,7 @@ def test_an_earlier_loss_still_differentiates():
 
 
 @pytest.mark.parametrize("rows", [0, 3, 7])
+@pytest.mark.one_simd
 def test_state_dict(rows):
     queue, other = losses.MemoryQueue(5, 4), losses.MemoryQueue(5, 4)
     queue.add(torch.randn(rows, 4), torch.arange(rows), torch.arange(rows))
@@ -123,6 +127,7 @@ def test_state_dict(rows):
         losses.MemoryQueue(5, 3).load_state_dict(queue.state_dict())
 
 
+@pytest.mark.one_simd
 def test_a_longer_queue_does_not_fit_a_shorter_one():
     queue = losses.MemoryQueue(5, 4)
     queue.add(torch.randn(5, 4), torch.arange(5))
@@ -130,6 +135,7 @@ def test_a_longer_queue_does_not_fit_a_shorter_one():
         losses.MemoryQueue(3, 4).load_state_dict(queue.state_dict())
 
 
+@pytest.mark.one_simd
 def test_half_precision_embeddings_are_kept_in_the_queue_s_own_dtype():
     queue = losses.MemoryQueue(5, 4)
     queue.add(torch.randn(2, 4).bfloat16(), torch.arange(2))
@@ -138,6 +144,7 @@ def test_half_precision_embeddings_are_kept_in_the_queue_s_own_dtype():
 
 
 @pytest.mark.parametrize("memory", [16, 40])
+@pytest.mark.one_simd
 def test_cross_batch_memory_around_supcon(memory):
     """The real CrossBatchMemory: batch after batch, while the memory fills and wraps round."""
     ours = pml.CrossBatchMemory(losses.ContrastiveLoss(temperature=0.1, positives="mean_out"), 8, memory)

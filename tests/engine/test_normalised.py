@@ -15,6 +15,7 @@ from fastcompat._loss_parts import normalised
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.one_simd
 def test_values_and_gradient(dtype: torch.dtype) -> None:
     x, g = torch.randn(7, 5).to(dtype).requires_grad_(), torch.randn(7, 5)
     wide = torch.promote_types(dtype, torch.float32)
@@ -25,6 +26,7 @@ def test_values_and_gradient(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.one_simd
 def test_rows_that_are_zero_or_almost() -> None:
     x, g = torch.randn(2, 7, 5, dtype=torch.float64)
     x[1], x[2], x[3] = 0, x[2] * 1e-14, x[3] * 1e20  # rows 1 and 2 are shorter than 1e-12
@@ -34,6 +36,7 @@ def test_rows_that_are_zero_or_almost() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
+@pytest.mark.one_simd
 def test_derivatives_of_every_order_and_kind() -> None:
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(normalised, x, check_forward_ad=True)
@@ -49,6 +52,7 @@ def test_derivatives_of_every_order_and_kind() -> None:
     torch.testing.assert_close(second, hessian[2, 1])
 
 
+@pytest.mark.one_simd
 def test_compiles_without_a_break() -> None:
     x, g = torch.randn(7, 5, requires_grad=True), torch.randn(7, 5)
     compiled = torch.compile(normalised, fullgraph=True, backend="aot_eager")
@@ -84,6 +88,7 @@ def test_a_loss_that_normalises_inside(trained: tuple[bool, bool], reduction: st
         torch.testing.assert_close(b, -3 * c)
 
 
+@pytest.mark.one_simd
 def test_nothing_stays_in_memory() -> None:
     """The result is saved for backward: no cycle may hold it."""
     gc.disable()

@@ -22,6 +22,7 @@ def clustered(classes, dim, spread=0.4, groups=4):
 
 
 @given(rows=st.integers(0, 40), classes=st.integers(1, 9), cuts=st.integers(1, 5), seed=st.integers(0, 99))
+@pytest.mark.one_simd
 def test_class_prototypes(rows, classes, cuts, seed):
     torch.manual_seed(seed)
     x, y = 3 * torch.randn(rows, 6), torch.randint(-2, classes, (rows,))
@@ -38,6 +39,7 @@ def test_class_prototypes(rows, classes, cuts, seed):
     torch.testing.assert_close(running.prototypes(), ours, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.one_simd
 def test_a_class_with_one_sample_is_that_sample():
     x = torch.randn(1, 6, requires_grad=True)
     ours = fc.class_prototypes(x, torch.tensor([2]), 4)
@@ -45,6 +47,7 @@ def test_a_class_with_one_sample_is_that_sample():
     assert ours[[0, 1, 3]].eq(0).all() and not ours.requires_grad
 
 
+@pytest.mark.one_simd
 def test_prototypes_of_half_precision_features_are_float32():
     x, y = torch.randn(50, 6).half(), torch.randint(3, (50,))
     ours = fc.class_prototypes(x, y, 3)
@@ -120,6 +123,7 @@ def odpp_by_autograd(p, q, threshold_old, threshold_new, steps, lr):
 
 @pytest.mark.parametrize("thresholds", [(0.9, 0.9), (0.3, 0.6), (-1.5, 0.2), (2.0, 2.0)])
 @pytest.mark.parametrize("batch", [None, 19, 400])
+@pytest.mark.one_simd
 def test_odpp(thresholds, batch):
     old, new = clustered(19, 8).double(), clustered(19, 8).double()
     expected = odpp_by_autograd(old, new, *thresholds, 30, 1e-2)
@@ -131,6 +135,7 @@ def test_odpp(thresholds, batch):
         torch.testing.assert_close(ours, old)
 
 
+@pytest.mark.one_simd
 def test_odpp_in_blocks(monkeypatch):
     old, new = clustered(19, 8).double(), clustered(19, 8).double()
     whole = fc.odpp(old, new, threshold_old=0.3, steps=5)
@@ -138,6 +143,7 @@ def test_odpp_in_blocks(monkeypatch):
     torch.testing.assert_close(fc.odpp(old, new, threshold_old=0.3, steps=5), whole)
 
 
+@pytest.mark.one_simd
 def test_odpp_draws_every_class_in_turn():
     """One class in each step: after as many steps as classes, every pair has been pushed apart."""
     old = clustered(20, 8, spread=0.05, groups=1)
@@ -151,6 +157,7 @@ def test_odpp_draws_every_class_in_turn():
     assert (closest[1] < closest[0]).all()
 
 
+@pytest.mark.one_simd
 def test_odpp_leaves_unknown_classes_alone():
     old, new = clustered(12, 8), clustered(12, 8)
     old[4] = 0
@@ -159,6 +166,7 @@ def test_odpp_leaves_unknown_classes_alone():
     torch.testing.assert_close(ours.norm(dim=1), (torch.arange(12) != 4).float())
 
 
+@pytest.mark.one_simd
 def test_odpp_moves_with_very_many_classes():
     """A mean over 1.6e7 pairs has gradients far below Adam's usual eps; their rounding stays below ours."""
     old = clustered(4000, 4, spread=0.0, groups=2000)
@@ -169,6 +177,7 @@ def test_odpp_moves_with_very_many_classes():
     assert (ours - old).abs().amax(1).median() > 2e-3
 
 
+@pytest.mark.one_simd
 def test_bank_refreshes_on_its_schedule():
     old, new = clustered(9, 6), clustered(9, 6)
     bank = fc.PrototypeBank(old, perturb=partial(fc.odpp, steps=3, threshold_old=0.2), every=2)

@@ -162,6 +162,7 @@ def test_blocks_of_queries_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
         assert same(fc.retrieval_metrics(query, gallery, query_labels, gallery_labels), whole)
 
 
+@pytest.mark.one_simd
 def test_blocks_hold_every_counted_query_once_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ranking, "BLOCK", 200)
     query, gallery, query_labels, _ = random_case(6, queries=50, items=300)

@@ -55,6 +55,7 @@ def test_without_normalisation_and_without_rows():
     assert loss == 0 and torch.autograd.grad(loss, empty)[0].shape == (0, 4)
 
 
+@pytest.mark.one_simd
 def test_module():
     first, second = torch.randn(6, 4), torch.randn(6, 4)
     named = {"temperature": 0.3, "reduction": "sum", "backend": "reference"}
@@ -68,6 +69,7 @@ def test_module():
         (torch.zeros(5, 4), "`second` must have one entry per row of `first`: got 5 and 6"),
     ],
 )
+@pytest.mark.one_simd
 def test_errors(second, message):
     with pytest.raises(ValueError, match=message):
         fc.simclr_loss(torch.zeros(6, 4), second)

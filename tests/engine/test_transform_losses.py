@@ -11,6 +11,7 @@ from fastcompat import functional as fc
 from fastcompat import losses
 
 
+@pytest.mark.one_simd
 def test_fct_loss():
     target = torch.randn(9, 7)
     compare(lambda r: fc.fct_loss(r, target.to(r)), lambda r: F.mse_loss(r, target.to(r)), torch.randn(9, 7))
@@ -21,6 +22,7 @@ def test_fct_loss():
     assert losses.FCTLoss()(pred, target) == fc.fct_loss(pred, target)
 
 
+@pytest.mark.one_simd
 def test_fct_loss_in_half_precision_is_summed_in_float32():
     pred, target = torch.full((2, 4), 300.0).half(), torch.zeros(2, 4).half()
     assert fc.fct_loss(pred, target) == 90_000  # more than float16 holds

@@ -52,11 +52,10 @@ def test_a_wrong_figure_is_found_and_put_right(page: str, copy: Path) -> None:
 def test_a_slower_size_is_bold_and_a_missed_target_is_not(copy: Path) -> None:
     file = copy / "bench" / "results" / "2026-11-20-xeon" / "1-all.json"
     run = json.loads(file.read_text())
-    for entry in run["benchmarks"]:
-        case = entry["extra_info"]
+    for case in run["cases"]:
         for side in case["sides"].values():
-            side["median"], side["peak_extra"] = 1.0, 2 << 30
-        case["sides"]["ours"]["median"] = 2.0
+            side["rounds"], side["peak_extra"] = [1.0], 2 << 30
+        case["sides"]["ours"]["rounds"] = [2.0]
     file.write_text(json.dumps(run))
     assert publish(copy, file.relative_to(copy).as_posix()).returncode == 0
     readme, pages = (copy / "README.md").read_text(), (copy / "docs" / "performance.md").read_text()
@@ -72,20 +71,17 @@ def test_of_two_measurements_the_one_on_the_faster_machine_counts(copy: Path) ->
     assert shown
     source = copy / shown[1] / "1-all.json"
     runs = [json.loads(source.read_text()) for _ in range(2)]
-    cases = [[entry["extra_info"] for entry in run["benchmarks"]] for run in runs]
+    cases = [run["cases"] for run in runs]
     best = {t: max(max(c["speeds"]) for c in cases[0] if c["threads"] == t) for t in (1, 2)}
     for n, (first, again) in enumerate(zip(*cases, strict=True)):
         for case, share, factor in ((first, 0.8, 2), (again, 0.9 if n % 2 else 0.7, 3)):
             product, read = best[case["threads"]]
             case["speeds"] = [[product, read * share]]  # the scarcer of the two decides
-            case["sides"]["ours"]["median"] = 1.0
             for name, side in case["sides"].items():
-                side["median"] = 1.0 if name == "ours" else factor
+                side["rounds"] = [1.0 if name == "ours" else factor]
     for factor, run in enumerate(runs, 2):  # the second run met a processor that gave more
-        for rates in run["machine_info"]["peak"].values():
+        for rates in run["machine"]["peak"].values():
             rates["fp32"] = 100.0 * factor
-        for entry in run["benchmarks"]:
-            entry["extra_info"]["peak"]["fp32"] = 100.0 * factor
     (copy / "twice").mkdir()
     files = [copy / "twice" / name for name in ("a.json", "b.json")]
     for file, run in zip(files, runs, strict=True):
@@ -101,3 +97,15 @@ def test_of_two_measurements_the_one_on_the_faster_machine_counts(copy: Path) ->
     assert re.findall(r"thread\(s\): fp32 torch.mm \d+, fp32 (\d+)", page)[:2] == ["300", "300"]
     floors = re.findall(r"\| fp32 statistics only, 1,024 x 65,536 \| 128 \| 1000 \| ([\d.]+) \|", page)
     assert floors == ["57.27", "57.27"]  # 2 x 1,024 x 65,536 x 128 operations at 300 GF/s
+
+
+def test_a_result_is_a_line_a_case_and_the_pages_name_the_kernels_of_the_baselines(copy: Path) -> None:
+    file = copy / "bench" / "results" / "2026-11-20-xeon" / "1-all.json"
+    text = file.read_text()
+    run = json.loads(text)
+    assert len(text.splitlines()) == len(run["cases"]) + 5
+    run["machine"]["baselines"] = {"faiss, 1 thread(s)": "openblas 0.3.15 SkylakeX"}
+    file.write_text(json.dumps(run))
+    assert publish(copy, file.relative_to(copy).as_posix()).returncode == 0
+    page = (copy / "docs" / "performance.md").read_text()
+    assert "Kernels of faiss, 1 thread(s): openblas 0.3.15 SkylakeX." in page

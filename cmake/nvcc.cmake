@@ -1,0 +1,92 @@
+# What the machine has: a CUDA compiler that can build the kernels, or the reason why not; and its GPUs.
+set(FASTCOMPAT_CUDA_OLDEST 12.5) # cudaGetDriverEntryPointByVersion
+
+# find_nvcc(NVCC REASON): the compiler, or why there is none. FASTCOMPAT_NVCC=pypi takes the one that pip has installed.
+function(find_nvcc out_nvcc out_reason)
+  set(${out_nvcc} "" PARENT_SCOPE)
+  set(advice "put nvcc on PATH, set CUDACXX, or take it from PyPI with the environment variable FASTCOMPAT_NVCC=pypi")
+  if(FASTCOMPAT_NVCC STREQUAL "pypi")
+    nvcc_of_pypi(nvcc)
+  elseif(CMAKE_CUDA_COMPILER)
+    set(nvcc "${CMAKE_CUDA_COMPILER}")
+  elseif(DEFINED ENV{CUDACXX})
+    set(nvcc "$ENV{CUDACXX}")
+  else()
+    find_program(FASTCOMPAT_NVCC_FOUND nvcc HINTS "$ENV{CUDA_PATH}/bin" "$ENV{CUDA_HOME}/bin" PATHS /usr/local/cuda/bin)
+    mark_as_advanced(FASTCOMPAT_NVCC_FOUND)
+    set(nvcc "${FASTCOMPAT_NVCC_FOUND}")
+  endif()
+  if(NOT nvcc)
+    set(${out_reason} "there is no nvcc; ${advice}" PARENT_SCOPE)
+    return()
+  endif()
+  execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE said ERROR_VARIABLE said RESULT_VARIABLE status)
+  if(NOT said MATCHES "release [0-9.]+, V([0-9.]+)")
+    first_error("${said}" "exit status ${status}" line)
+    set(${out_reason} "${nvcc} does not say its version: ${line}; ${advice}" PARENT_SCOPE)
+    return()
+  endif()
+  if(CMAKE_MATCH_1 VERSION_LESS FASTCOMPAT_CUDA_OLDEST)
+    set(${out_reason} "${nvcc} is CUDA ${CMAKE_MATCH_1}, the kernels need ${FASTCOMPAT_CUDA_OLDEST} or newer; ${advice}"
+      PARENT_SCOPE)
+    return()
+  endif()
+  set(trial "${CMAKE_CURRENT_BINARY_DIR}/nvcc-trial")
+  file(WRITE "${trial}.cu" "#include <cuda_runtime.h>\n#include <cuda_bf16.h>\n#include <vector>\n__global__ void kernel() {}\n")
+  execute_process(COMMAND "${nvcc}" -std=c++17 -arch=sm_80 -c "${trial}.cu" -o "${trial}.o"
+    OUTPUT_VARIABLE said ERROR_VARIABLE said RESULT_VARIABLE status)
+  if(NOT status EQUAL 0)
+    first_error("${said}" "exit status ${status}" line)
+    set(${out_reason} "${nvcc} (CUDA ${CMAKE_MATCH_1}) does not compile here: ${line}; ${advice}" PARENT_SCOPE)
+    return()
+  endif()
+  set(${out_nvcc} "${nvcc}" PARENT_SCOPE)
+  set(${out_reason} "" PARENT_SCOPE)
+endfunction()
+
+# pip puts nvidia/cu13/{bin,lib} somewhere on sys.path; nvcc itself would look for the libraries in lib64.
+macro(nvcc_of_pypi out_nvcc)
+  find_package(Python REQUIRED COMPONENTS Interpreter)
+  execute_process(COMMAND "${Python_EXECUTABLE}" -c "import glob, sys
+print(next((nvcc for path in sys.path for nvcc in glob.glob(path + '/nvidia/cu*/bin/nvcc')), ''))"
+    OUTPUT_VARIABLE ${out_nvcc} OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(NOT ${out_nvcc})
+    message(FATAL_ERROR "FASTCOMPAT_NVCC=pypi, but Python finds no nvidia/cu*/bin/nvcc; build with pip and without --no-build-isolation")
+  endif()
+  cmake_path(GET ${out_nvcc} PARENT_PATH bin)
+  cmake_path(GET bin PARENT_PATH toolkit)
+  link_directories("${toolkit}/lib")
+  set(ENV{LIBRARY_PATH} "${toolkit}/lib:$ENV{LIBRARY_PATH}") # for CMake's own try at linking
+endmacro()
+
+# first_error(TEXT OTHERWISE LINE): the line of a compiler's output that says what is wrong.
+function(first_error text otherwise out_line)
+  string(REGEX MATCH "[^\n]*(error|fatal|not found|No such)[^\n]*" line "${text}")
+  if(NOT line)
+    string(REGEX MATCH "[^\n]+" line "${text}")
+  endif()
+  if(NOT line)
+    set(line "${otherwise}")
+  endif()
+  set(${out_line} "${line}" PARENT_SCOPE)
+endfunction()
+
+# gpus_at_hand(ARCHS): compute capabilities of this machine's GPUs that the kernels support; empty where there is none.
+function(gpus_at_hand out_archs)
+  set(${out_archs} "" PARENT_SCOPE)
+  find_program(FASTCOMPAT_NVIDIA_SMI nvidia-smi)
+  mark_as_advanced(FASTCOMPAT_NVIDIA_SMI)
+  if(NOT FASTCOMPAT_NVIDIA_SMI)
+    return()
+  endif()
+  execute_process(COMMAND "${FASTCOMPAT_NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE said ERROR_QUIET RESULT_VARIABLE status TIMEOUT 30)
+  if(NOT status EQUAL 0)
+    return()
+  endif()
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]+" capabilities "${said}")
+  list(TRANSFORM capabilities REPLACE "\\." "")
+  list(REMOVE_DUPLICATES capabilities)
+  list(FILTER capabilities EXCLUDE REGEX "^[1-7].$") # older than 8.0; 100 and 120 have three digits
+  set(${out_archs} "${capabilities}" PARENT_SCOPE)
+endfunction()
