@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,6 +39,7 @@ def torch_defaults(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if (dtype, device) == (torch.float32, torch.device("cpu")):
         yield
         return
+    importlib.import_module("torch._decomp.decompositions_for_jvp")  # compiles torch's own code as it stands
     for name in FACTORIES:
         monkeypatch.setattr(torch, name, _as_usual_outside(getattr(torch, name)))
     torch.set_default_dtype(dtype)
