@@ -58,8 +58,8 @@ void check_bounds(const int64_t* bounds, int64_t blocks, int64_t count) {
                                 ", at most");
 }
 
-void check_packed(const Segment& s, int64_t packed) {
-  if (packed && packed != packed_size(s.keys, s.count))
+void check_packed(const Segment& s, Metric metric, int64_t packed) {
+  if (packed && packed != packed_size(s.keys, s.count, metric))
     throw std::invalid_argument("`packed` must be what pack() made of these keys with the instruction set in use");
 }
 
@@ -67,7 +67,7 @@ void check_packed(const Segment& s, int64_t packed) {
 using SegmentTuple = std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, Address, int64_t, float,
                                 float, Address, int64_t>;
 
-Segment segment_of(const SegmentTuple& t, int64_t B, bool readable) {
+Segment segment_of(const SegmentTuple& t, int64_t B, Metric metric, bool readable) {
   const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset, packed, numbers] = t;
   const DType type = static_cast<DType>(dtype);
   const Segment s{{pointer<void>(query), type, B, D, query_stride},
@@ -79,7 +79,7 @@ Segment segment_of(const SegmentTuple& t, int64_t B, bool readable) {
                   pointer<float>(packed)};
   if (readable) {
     check_rows(s);
-    check_packed(s, numbers);
+    check_packed(s, metric, numbers);
   }
   return s;
 }
@@ -174,7 +174,8 @@ void define_kernels(py::module_ m) {
       [](const std::vector<SegmentTuple>& tuples, int64_t k, int metric, int64_t B, Address query_labels,
          Address key_labels, Address exclude, Address scores, Address ids, const Run& run) {
         std::vector<Segment> segments;
-        for (const SegmentTuple& t : tuples) segments.push_back(segment_of(t, B, readable));
+        for (const SegmentTuple& t : tuples)
+          segments.push_back(segment_of(t, B, static_cast<Metric>(metric), readable));
         topk(segments, k, static_cast<Metric>(metric),
              {pointer<int64_t>(query_labels), pointer<int64_t>(key_labels), pointer<int64_t>(exclude)},
              pointer<float>(scores), pointer<int64_t>(ids), run);
@@ -184,15 +185,15 @@ void define_kernels(py::module_ m) {
       "pair_scores",
       [](const SegmentTuple& segment, int metric, int64_t B, Address ids, int64_t targets, Address out,
          const Run& run) {
-        pair_scores(segment_of(segment, B, readable), static_cast<Metric>(metric), pointer<int64_t>(ids), targets,
-                    pointer<float>(out), run);
+        pair_scores(segment_of(segment, B, static_cast<Metric>(metric), readable), static_cast<Metric>(metric),
+                    pointer<int64_t>(ids), targets, pointer<float>(out), run);
       },
       Release());
   m.def(
       "count_beats",
       [](const SegmentTuple& segment, int metric, int64_t B, Address bounds, int64_t blocks, Address thresholds,
          Address threshold_ids, int64_t targets, Address exclude, Address out, const Run& run) {
-        const Segment s = segment_of(segment, B, readable);
+        const Segment s = segment_of(segment, B, static_cast<Metric>(metric), readable);
         if (readable) check_bounds(pointer<int64_t>(bounds), blocks, s.count);
         count_beats(s, static_cast<Metric>(metric), pointer<int64_t>(bounds), blocks, pointer<float>(thresholds),
                     pointer<int64_t>(threshold_ids), targets, pointer<int64_t>(exclude), pointer<int64_t>(out), run);
@@ -244,13 +245,14 @@ PYBIND11_MODULE(_C, m) {
     return low;
   });
   m.def("packed_size", [](const SegmentTuple& t, int metric) {
-    const Segment segment = segment_of(t, 0, false);
+    const Segment segment = segment_of(t, 0, static_cast<Metric>(metric), false);
     return packed_size(segment.keys, segment.count, static_cast<Metric>(metric));
   });
   m.def(
       "pack",
       [](const SegmentTuple& segment, int metric, Address out, int threads) {
-        pack(segment_of(segment, 0, true), static_cast<Metric>(metric), pointer<float>(out), threads);
+        pack(segment_of(segment, 0, static_cast<Metric>(metric), true), static_cast<Metric>(metric),
+             pointer<float>(out), threads);
       },
       Release());
   m.def(

@@ -246,9 +246,9 @@ def values_readable(value: Tensor, wait: bool = False) -> bool:
     """Whether Python may look at this tensor's values: without a synchronisation, or `wait`ing for a GPU."""
     if type(value) not in _PLAIN or not eager():
         return False
-    if value.is_cuda:
-        return wait and not torch.cuda.is_current_stream_capturing()
-    return value.device.type != "meta" and (wait or value.device.type == "cpu")
+    if value.is_cpu:
+        return True
+    return wait and not value.is_meta and not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def savable(value: Tensor) -> Tensor:

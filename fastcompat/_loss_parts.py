@@ -22,9 +22,11 @@ def exactly(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def run(ctx: Any, *arguments: Any) -> Any:
-        tensor = next((x for x in arguments if isinstance(x, Tensor)), None)
-        with nullcontext() if tensor is None else reference.exactly(tensor):
-            return method(ctx, *arguments)
+        if torch.compiler.is_compiling() or _torch_hooks.autocast_anywhere():
+            tensor = next((x for x in arguments if isinstance(x, Tensor)), None)
+            with nullcontext() if tensor is None else reference.exactly(tensor):
+                return method(ctx, *arguments)
+        return method(ctx, *arguments)
 
     return run
 
@@ -166,12 +168,12 @@ def class_rows(matrix: Tensor, target: Tensor) -> Tensor:
 def contrastive_from_stats(stats: SoftmaxStats, positives: str, reduction: str) -> Tensor:
     """The contrastive loss as a function of row statistics; rows without positives take no part."""
     takes_part = stats.pos_count > 0
-    # A row that takes no part reads constants, so that no NaN arises in its gradient on the way.
-    neg, pos, pos_sum = (torch.where(takes_part, x, 0.0) for x in stats[:3])
+    # Of a row that takes no part -inf - -inf would be NaN, in its gradient too.
+    pos = torch.where(takes_part, stats.pos_lse, 0.0)
     if positives == "sum_in_log":
-        loss = log_odds_loss(neg, pos)
+        loss = log_odds_loss(stats.neg_lse, pos)
     else:
-        loss = reference.log_add_exp(neg, pos) - pos_sum / stats.pos_count.clamp(min=1)
+        loss = torch.logaddexp(stats.neg_lse, pos) - stats.pos_sum / stats.pos_count.clamp(min=1)
     return reduced(loss, takes_part, reduction)
 
 
@@ -192,16 +194,21 @@ def log_odds_loss(neg: Tensor, pos: Tensor) -> Tensor:
 
 def reduced(loss: Tensor, takes_part: Tensor | None, reduction: str) -> Tensor:
     """Reduce [B] over the rows that take part (None: all); no row at all gives 0."""
-    if takes_part is not None:
-        warn_without_positives(takes_part)
-        loss = torch.where(takes_part, loss, 0.0)
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
     if takes_part is None:
-        return loss.sum() / max(loss.shape[0], 1)
-    return loss.sum() / takes_part.sum().clamp(min=1)
+        return loss if reduction == "none" else loss.sum() / (max(len(loss), 1) if reduction == "mean" else 1)
+    loss = torch.where(takes_part, loss, 0.0)
+    if reduction == "none":
+        warn_without_positives(takes_part)
+        return loss
+    total = loss.sum()
+    if is_zero(total):
+        warn_without_positives(takes_part)
+    return total / takes_part.sum().clamp(min=1) if reduction == "mean" else total
+
+
+def is_zero(loss: Tensor) -> bool:
+    """Whether a loss is 0, as it is where no row takes part; False where reading it would wait for a GPU."""
+    return _checks.values_readable(loss) and not loss
 
 
 def hardest_logits(

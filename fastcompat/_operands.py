@@ -1,7 +1,8 @@
-"""What the registered operators accept, so that no call of `torch.ops.fastcompat.*` reaches foreign memory.
+"""What the operators accept, so that no call of them reaches foreign memory.
 
-The public functions check more, in the words of their callers. The numbers in `rows`, `ids`, `bounds` and the
-like are checked by the kernels on the CPU; on a GPU only the caller knows them.
+The public functions check more, in the words of their callers. `_native` refuses tensors on several devices.
+The numbers in `rows`, `ids`, `bounds` and the like are checked by the kernels on the CPU; on a GPU only the
+caller knows them.
 """
 
 from __future__ import annotations
@@ -18,26 +19,24 @@ from ._native import DTYPES, METRICS
 def _matrix(name: str, x: Tensor | None) -> tuple[int, int]:
     if x is None:
         raise TypeError(f"`{name}` must be a tensor: got None")
-    if x.dim() != 2 or x.dtype not in DTYPES:
+    shape = x.shape
+    if len(shape) != 2 or x.dtype not in DTYPES:
         raise ValueError(
             f"`{name}` must be float32, bfloat16 or float16 with 2 dimensions: "
-            f"got {x.dtype}, shape {list(x.shape)}"
+            f"got {x.dtype}, shape {list(shape)}"
         )
-    return x.shape  # type: ignore[return-value]
+    return shape
 
 
-def _fits(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], beside: Tensor) -> None:
-    if x is not None and (x.dtype != dtype or x.shape != shape or x.device != beside.device):
-        raise ValueError(
-            f"`{name}` must be {dtype} {list(shape)} on {beside.device}: "
-            f"got {x.dtype} {list(x.shape)} on {x.device}"
-        )
+def _fits(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if x is not None and (x.dtype != dtype or x.shape != shape):
+        raise ValueError(f"`{name}` must be {dtype} {list(shape)}: got {x.dtype} {list(x.shape)}")
 
 
-def _needs(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], beside: Tensor) -> None:
+def _needs(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if x is None:
         raise TypeError(f"`{name}` must be a tensor: got None")
-    _fits(name, x, dtype, shape, beside)
+    _fits(name, x, dtype, shape)
 
 
 def _together(query_labels: Tensor | None, key_labels: Tensor | None) -> None:
@@ -57,24 +56,28 @@ def _width(x: Tensor | None) -> int:
 def _softmax(arguments: Sequence[Any]) -> tuple[int, int, int]:
     query, keys, _, scale, bias, query_labels, key_labels, positive, exclude = arguments[:9]
     rows, dim = _matrix("query", query)
-    count, _ = _matrix("keys", keys)
-    _fits("keys", keys, query.dtype, (count, dim), query)
-    if scale is not None and (scale.dim() or not scale.dtype == torch.float32):
-        raise ValueError(f"`scale_tensor` must be float32 []: got {scale.dtype} {list(scale.shape)}")
-    _fits("bias", bias, torch.float32, (count,), query)
-    _together(query_labels, key_labels)
-    _fits("query_labels", query_labels, torch.int64, (rows,), query)
-    _fits("key_labels", key_labels, torch.int64, (count,), query)
-    _fits("positive", positive, torch.int64, (rows,), query)
-    _fits("exclude", exclude, torch.int64, (rows,), query)
+    count = _matrix("keys", keys)[0]
+    _fits("keys", keys, query.dtype, (count, dim))
+    if scale is not None:
+        _fits("scale_tensor", scale, torch.float32, ())
+    if bias is not None:
+        _fits("bias", bias, torch.float32, (count,))
+    if query_labels is not None or key_labels is not None:
+        _together(query_labels, key_labels)
+        _fits("query_labels", query_labels, torch.int64, (rows,))
+        _fits("key_labels", key_labels, torch.int64, (count,))
+    if positive is not None:
+        _fits("positive", positive, torch.int64, (rows,))
+    if exclude is not None:
+        _fits("exclude", exclude, torch.int64, (rows,))
     return rows, count, dim
 
 
-def _softmax_grad(query: Tensor, rows: int, vectors: Sequence[Tensor | None]) -> None:
+def _softmax_grad(rows: int, vectors: Sequence[Tensor | None]) -> None:
     for name, x in zip(("neg_lse", "pos_lse"), vectors, strict=False):
-        _needs(name, x, torch.float32, (rows,), query)
+        _needs(name, x, torch.float32, (rows,))
     for name, x in zip(("grad_neg", "grad_pos", "grad_sum"), vectors[-3:], strict=True):
-        _fits(name, x, torch.float32, (rows,), query)
+        _fits(name, x, torch.float32, (rows,))
 
 
 def softmax_stats(*arguments: Any) -> None:
@@ -90,22 +93,22 @@ def softmax_loss(*arguments: Any) -> None:
 def softmax_query_grad(*arguments: Any) -> None:
     """Operands of `fastcompat::softmax_query_grad`."""
     rows, _, dim = _softmax(arguments)
-    _softmax_grad(arguments[0], rows, arguments[9:])
-    _needs("mean", arguments[11], torch.float32, (rows, dim), arguments[0])
+    _softmax_grad(rows, arguments[9:])
+    _needs("mean", arguments[11], torch.float32, (rows, dim))
 
 
 def softmax_key_grad(*arguments: Any) -> None:
     """Operands of `fastcompat::softmax_key_grad`."""
     rows, _, _ = _softmax(arguments)
-    _softmax_grad(arguments[0], rows, arguments[9:-2])
+    _softmax_grad(rows, arguments[9:-2])
 
 
-def _segment(query: Tensor, keys: Tensor, rows: Tensor | None, count: int, beside: Tensor) -> None:
+def _segment(query: Tensor, keys: Tensor, rows: Tensor | None, count: int) -> None:
     _, dim = _matrix("query", query)
-    _fits("query", query, query.dtype, (count, dim), beside)
-    _fits("keys", keys, query.dtype, (_matrix("keys", keys)[0], dim), beside)
+    _fits("query", query, query.dtype, (count, dim))
+    _fits("keys", keys, query.dtype, (_matrix("keys", keys)[0], dim))
     if rows is not None:
-        _fits("rows", rows, torch.int64, (rows.numel(),), beside)
+        _fits("rows", rows, torch.int64, (rows.numel(),))
 
 
 def topk(
@@ -137,22 +140,22 @@ def topk(
     number, _ = _matrix("query", first)
     every: Sequence[Tensor | None] = rows or [None] * count
     for q, x, chosen in zip(query, keys, every, strict=True):
-        _segment(q, x, chosen, number, first)
+        _segment(q, x, chosen, number)
     for x in packed:
-        _needs("packed", x, torch.float32, (x.numel(),), first)
+        _needs("packed", x, torch.float32, (x.numel(),))
     _together(query_labels, key_labels)
-    _fits("query_labels", query_labels, torch.int64, (number,), first)
+    _fits("query_labels", query_labels, torch.int64, (number,))
     # An id is a row number of its segment's keys and indexes the labels.
-    _fits("key_labels", key_labels, torch.int64, (max(x.shape[0] for x in keys),), first)
-    _fits("exclude", exclude, torch.int64, (number,), first)
+    _fits("key_labels", key_labels, torch.int64, (max(x.shape[0] for x in keys),))
+    _fits("exclude", exclude, torch.int64, (number,))
 
 
 def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> None:
     """Operands of `fastcompat::pair_scores`."""
     _metric(metric)
     count, _ = _matrix("query", query)
-    _segment(query, keys, None, count, query)
-    _needs("ids", ids, torch.int64, (count, _width(ids)), query)
+    _segment(query, keys, None, count)
+    _needs("ids", ids, torch.int64, (count, _width(ids)))
 
 
 def count_beats(
@@ -168,8 +171,8 @@ def count_beats(
     """Operands of `fastcompat::count_beats`."""
     _metric(metric)
     count, _ = _matrix("query", query)
-    _segment(query, keys, rows, count, query)
-    _needs("bounds", bounds, torch.int64, (max(1, _width(bounds)),), query)
-    _needs("thresholds", thresholds, torch.float32, (count, _width(thresholds)), query)
-    _needs("threshold_ids", threshold_ids, torch.int64, (count, _width(thresholds)), query)
-    _fits("exclude", exclude, torch.int64, (count,), query)
+    _segment(query, keys, rows, count)
+    _needs("bounds", bounds, torch.int64, (max(1, _width(bounds)),))
+    _needs("thresholds", thresholds, torch.float32, (count, _width(thresholds)))
+    _needs("threshold_ids", threshold_ids, torch.int64, (count, _width(thresholds)))
+    _fits("exclude", exclude, torch.int64, (count,))

@@ -5,7 +5,7 @@ None of them is differentiable by itself; `_autograd` puts the gradient around t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,8 +35,22 @@ _SCHEMAS = (
 _CPU_ALONE = ("softmax_loss",)  # see `_autograd.fuses`
 
 
+def observed(arguments: Iterable[Any]) -> bool:
+    """Whether a call must go through torch's dispatcher: somebody listens, or a tensor is no plain one."""
+    if torch.compiler.is_compiling() or _torch_hooks.func_active() or _torch_hooks.dispatch_observed():
+        return True
+    for x in arguments:
+        kind = type(x)
+        if kind in _PLAIN:
+            if _torch_hooks.stacked(x):
+                return True
+        elif kind not in _NO_TENSORS and (isinstance(x, Tensor) or observed(x)):
+            return True
+    return False
+
+
 def _checked(name: str) -> Callable[..., Any]:
-    """The kernel as the dispatcher calls it, for whoever calls the operator."""
+    """The kernel, for any operands."""
     check, kernel = getattr(_operands, name), getattr(_native, name)
 
     def run(*arguments: Any) -> Any:
@@ -46,6 +60,22 @@ def _checked(name: str) -> Callable[..., Any]:
     return run
 
 
+def _direct(name: str) -> Callable[..., Any]:
+    """The operator, or its kernel itself: torch's dispatcher costs 5 % of a small problem's time."""
+    operator = getattr(torch.ops.fastcompat, name).default
+    check, kernel = getattr(_operands, name), getattr(_native, name)
+
+    def call(*arguments: Any) -> Any:
+        if observed(arguments):
+            return operator(*arguments)
+        check(*arguments)
+        return kernel(*arguments)
+
+    return call
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_NO_TENSORS = frozenset((type(None), bool, int, float, str))
 _library = torch.library.Library("fastcompat", "DEF")  # type: ignore[no-untyped-call]
 for _schema in _SCHEMAS:
     _name = _schema.partition("(")[0]
@@ -99,25 +129,10 @@ def _(query, keys, rows, bounds, thresholds, threshold_ids, metric, exclude):  #
     return threshold_ids.new_empty((*threshold_ids.shape, bounds.shape[0] - 1))
 
 
-softmax_stats = torch.ops.fastcompat.softmax_stats.default
-softmax_query_grad = torch.ops.fastcompat.softmax_query_grad.default
-softmax_key_grad = torch.ops.fastcompat.softmax_key_grad.default
-_softmax_loss = torch.ops.fastcompat.softmax_loss.default
-topk = torch.ops.fastcompat.topk.default
-pair_scores = torch.ops.fastcompat.pair_scores.default
-count_beats = torch.ops.fastcompat.count_beats.default
-
-
-def softmax_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator, or its kernel itself: torch's dispatcher costs 5 % of a small problem's time.
-
-    The callers have checked the operands.
-    """
-    tensors = (x for x in arguments if isinstance(x, Tensor))
-    observed = (
-        torch.compiler.is_compiling()
-        or _torch_hooks.dispatch_observed()
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
-    )
-    found: tuple[Tensor, Tensor, Tensor] = (_softmax_loss if observed else _native.softmax_loss)(*arguments)
-    return found
+softmax_stats = _direct("softmax_stats")
+softmax_query_grad = _direct("softmax_query_grad")
+softmax_key_grad = _direct("softmax_key_grad")
+softmax_loss = _direct("softmax_loss")
+topk = _direct("topk")
+pair_scores = _direct("pair_scores")
+count_beats = _direct("count_beats")

@@ -37,6 +37,9 @@ func_active: Callable[[], bool] = _hook("_C._are_functorch_transforms_active", l
 # Whether `is_grads_batched` stacked several gradients in this tensor. Fallback: yes, so no value is read.
 stacked: Callable[[Tensor], bool] = _hook("_C._functorch.is_legacy_batchedtensor", lambda _: True)
 
+# Whether autocast is on for any device. Fallback: yes, so that it is looked up for the device in question.
+autocast_anywhere: Callable[[], bool] = _hook("_C._is_any_autocast_enabled", lambda: True)
+
 # Whether somebody listens to the dispatcher. Fallbacks: yes, so that every operator goes through it.
 _modes: Callable[[], int] = _hook("_C._len_torch_dispatch_stack", lambda: 1)
 _tracing: Callable[[], Any] = _hook("_C._get_tracing_state", lambda: True)

@@ -201,10 +201,8 @@ def contrastive(
     scalar = positives == "sum_in_log" and reduction != "none"
     if native and scalar and _autograd.fuses(problem):
         loss = _autograd.softmax_loss(problem, reduction == "mean", eps)
-        if (
-            _checks.values_readable(loss) and not loss
-        ):  # 0: the kernel keeps to itself whether for want of any
-            with torch.no_grad():  # the counts do not depend on the embeddings, so one column will do
+        if parts.is_zero(loss):  # for want of positives? To count them one column is enough
+            with torch.no_grad():
                 column = problem._replace(query=problem.query[:, :1], keys=problem.keys[:, :1])
                 parts.warn_without_positives(_autograd.softmax_stats(column).pos_count > 0)
         return loss

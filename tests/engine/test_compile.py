@@ -10,6 +10,8 @@ from fastcompat import _ops, functional
 
 pytestmark = pytest.mark.one_simd  # every case compiles for a second
 
+ops = torch.ops.fastcompat
+
 
 def gradients(function, *inputs):
     leaves = [x for x in inputs if x.requires_grad]
@@ -113,15 +115,15 @@ def op_calls():
     bars = _ops.pair_scores(q, k, ids, "cosine")
     rows = [torch.tensor([0, 2, 5]), torch.tensor([1, 3, 4, 8])]
     return [
-        (_ops.softmax_stats, (*problem, True)),
-        (_ops.softmax_stats, (*problem, False)),
-        (_ops.softmax_query_grad, (*problem, neg, pos, mean, grad, None, grad)),
-        (_ops.softmax_key_grad, (*problem, neg, pos, grad, grad, None, True, False)),
-        (_ops.softmax_key_grad, (*problem, neg, pos, None, grad, grad, False, True)),
-        (_ops.topk, ([q], [k], [], [1.0], [0.0], 3, "cosine", y, w, None, [])),
-        (_ops.topk, ([q, q], [k, k], rows, [1.0, 2.0], [0.0, 1.0], 3, "l2", None, None, None, [])),
-        (_ops.pair_scores, (q, k, ids, "l2")),
-        (_ops.count_beats, (q, k, None, torch.tensor([0, 4, 9]), bars, ids, "cosine", None)),
+        (ops.softmax_stats.default, (*problem, True)),
+        (ops.softmax_stats.default, (*problem, False)),
+        (ops.softmax_query_grad.default, (*problem, neg, pos, mean, grad, None, grad)),
+        (ops.softmax_key_grad.default, (*problem, neg, pos, grad, grad, None, True, False)),
+        (ops.softmax_key_grad.default, (*problem, neg, pos, None, grad, grad, False, True)),
+        (ops.topk.default, ([q], [k], [], [1.0], [0.0], 3, "cosine", y, w, None, [])),
+        (ops.topk.default, ([q, q], [k, k], rows, [1.0, 2.0], [0.0, 1.0], 3, "l2", None, None, None, [])),
+        (ops.pair_scores.default, (q, k, ids, "l2")),
+        (ops.count_beats.default, (q, k, None, torch.tensor([0, 4, 9]), bars, ids, "cosine", None)),
     ]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,6 +168,37 @@ def test_odpp_leaves_unknown_classes_alone():
     torch.testing.assert_close(ours.norm(dim=1), (torch.arange(12) != 4).float())
 
 
+@pytest.mark.parametrize("threshold", [-0.5, 0.3])
+@pytest.mark.parametrize("batch", [None, 11])
+def test_odpp_without_an_unknown_class_is_odpp_of_the_others(threshold, batch):
+    """A zero row takes no part, whatever the new model says of its class."""
+    old, new = clustered(12, 8).double(), clustered(12, 8).double()
+    old[4] = 0
+    known = torch.arange(12) != 4
+    named = {"threshold_old": threshold, "threshold_new": threshold, "steps": 9, "lr": 1e-2, "batch": batch}
+    torch.manual_seed(0)
+    alone = fc.odpp(old[known], new[known], **named)
+    torch.manual_seed(0)
+    torch.testing.assert_close(fc.odpp(old, new, **named)[known], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_odpp_with_an_unknown_new_class():
+    """The mean of the second hinge is over the pairs that there are."""
+    old, new = clustered(12, 8).double(), clustered(12, 8).double()
+    new[4] = 0
+    delta = torch.zeros_like(old, requires_grad=True)
+    adam, pairs = torch.optim.Adam([delta], lr=1e-2), ~torch.eye(12, dtype=torch.bool)
+    there = pairs & (torch.arange(12) != 4)
+    for _ in range(9):
+        x = F.normalize(old + delta)
+        hinges = (x @ x.T + 0.5).relu()[pairs].mean() + (x @ new.T + 0.5).relu()[there].mean()
+        adam.zero_grad()
+        hinges.backward()
+        adam.step()
+    ours = fc.odpp(old, new, threshold_old=-0.5, threshold_new=-0.5, steps=9, lr=1e-2)
+    torch.testing.assert_close(ours, F.normalize(old + delta).detach())
+
+
 @pytest.mark.one_simd
 def test_odpp_moves_with_very_many_classes():
     """A mean over 1.6e7 pairs has gradients far below Adam's usual eps; their rounding stays below ours."""
@@ -203,3 +236,35 @@ def test_bank_resumes_from_its_state_dict():
         assert torch.equal(mine, theirs)
     assert [fresh.due(epoch) for epoch in (5, 6, 7)] == [False, False, True]
     assert not list(bank.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_class_prototypes_of_numpy_arrays(dtype):
+    features, labels = np.random.default_rng(0).standard_normal((40, 6)).astype(dtype), np.arange(40) % 5
+    ours = fc.class_prototypes(features, labels, 5)
+    assert isinstance(ours, np.ndarray) and ours.dtype == ("float64" if dtype == "float64" else "float32")
+    theirs = fc.class_prototypes(torch.from_numpy(features), torch.from_numpy(labels), 5)
+    assert np.array_equal(ours, theirs.numpy())
+    running = fc.RunningPrototypes(5)
+    running.add(features, labels)
+    assert torch.equal(running.prototypes(), theirs)
+
+
+def test_prototypes_of_a_loss_are_set_where_they_are_held():
+    old, other, y = clustered(9, 6), clustered(9, 6), torch.arange(9)
+    loss = fc.losses.PrototypeLoss(old, temperature=0.1)
+    x = torch.randn(9, 6)
+    loss.perturbed = other
+    assert torch.equal(loss(x, y), fc.functional.prototype_loss(x, old, y, perturbed=other, temperature=0.1))
+    assert torch.equal(loss.bank.perturbed, other) and torch.equal(loss.state_dict()["bank.perturbed"], other)
+    other += 1  # the loss holds a copy
+    assert not torch.equal(loss.perturbed, other)
+    loss.prototypes = other.double()
+    assert torch.equal(loss.prototypes, other) and torch.equal(loss.bank.prototypes, other)
+    for bad, message in (
+        (other[:3], "shape [9, 6] of the bank: got [3, 6]"),
+        (None, "must be a torch.Tensor"),
+    ):
+        for name in ("prototypes", "perturbed"):
+            with pytest.raises((ValueError, TypeError), match=f"`{name}`.*{re.escape(message)}"):
+                setattr(loss, name, bad)
