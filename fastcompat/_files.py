@@ -33,7 +33,16 @@ def write_file(path: AnyPath, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the file there is whole.
     """
-    target = real(path)
+    try:
+        _replace(real(path), content)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # With the name that was asked for, not the one it was written under.
+        raise OSError(error.errno, reason(error), os.fspath(path)) from error
+
+
+def _replace(target: Path, content: bytes) -> None:
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(target).st_mode):  # a pipe, a terminal: no file takes its place
             target.write_bytes(content)

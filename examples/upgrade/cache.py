@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from fastcompat._files import write_file
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,10 @@ class Cache:
         start = time.process_time()
         value = make()
         made = {"key": key, "value": value, "seconds": time.process_time() - start}
-        content = io.BytesIO()
-        torch.save(made, content)
-        write_file(path, content.getvalue())
+        pending = path.with_suffix(".part")
+        with pending.open("wb") as file:
+            torch.save(made, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(pending, path)
         return Stage(**made)
