@@ -86,7 +86,7 @@ def to_tensor(name: str, value: Any, array: Tensor | Numpy) -> Tensor:
         return to_tensor(name, value, array.view(np.int16)).view(torch.bfloat16)
     if array.dtype.char == "g":
         raise TypeError(
-            f'`{name}` must be float64 or less: got {array.dtype}; write {name}.astype("float64")'
+            f'`{name}` must be float64 or less: got {array.dtype}; write `{name}.astype("float64")`'
         )
     if any(step < 0 or step % array.itemsize for step in array.strides):
         array = np.ascontiguousarray(array)  # torch takes no such array
@@ -164,9 +164,9 @@ def _of_protocol(name: str, value: Any) -> Tensor | Numpy:
             except (TypeError, ValueError, RuntimeError, ImportError, BufferError):
                 continue
     if hasattr(value, "toarray"):
-        advice = f"; it is sparse: write {name}.toarray()"
+        advice = f"; it is sparse: write `{name}.toarray()`"
     elif hasattr(value, "__iter__") and not hasattr(value, "__getitem__"):
-        advice = f"; write list({name})"
+        advice = f"; write `list({name})`"
     else:
         advice = ""
     raise TypeError(

@@ -52,10 +52,10 @@ def matrix(name: str, value: Any) -> Tensor:
         raise ValueError(f"`{name}` must have the shape [rows, columns]: {came(value, list(x.shape))}")
     advice = ""
     if x.dim() == 1 and isinstance(value, (list, tuple)):
-        advice = f"; for one row write [{name}]" if len(value) else "; write numpy.zeros((0, columns))"
+        advice = f"; for one row write `[{name}]`" if len(value) else "; write `numpy.zeros((0, columns))`"
     elif x.dim() == 1:
         own = isinstance(value, (Tensor, np.ndarray))
-        advice = f"; for one row write {name if own else f'numpy.asarray({name})'}[None]"
+        advice = f"; for one row write `{name if own else f'numpy.asarray({name})'}[None]`"
     raise ValueError(f"`{name}` must have 2 dimensions [rows, columns]: got shape {list(x.shape)}{advice}")
 
 

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ._native import build_info
+from ._terminal import shown
 from .backfill import BackfillCurve
 
 # Okabe and Ito's colours, safe for colour-blind readers; the dashes help in print.
@@ -136,7 +137,7 @@ def pages(
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(text)
     written = names(name)
     values = {"title": title, "description": description, "rows": rows, "notes": notes, "seed": seed}
-    values["json"] = written[1]
+    values["json"] = shown(written[1])
     drawn = png(picture)
     filled = page.render(picture=base64.b64encode(drawn).decode(), **values, **run)
     numbers = json.dumps(figures | run, indent=1).encode()

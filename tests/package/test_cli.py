@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastcompat import _native, _ops, demo, selfcheck
+import fastcompat
+from fastcompat import _native, _ops, _terminal, demo, selfcheck
 from fastcompat._output import OutputFolder
 from fastcompat.cli import app
 
@@ -235,6 +236,116 @@ def test_info_needs_no_extra(tmp_path: Path):
         "from fastcompat.cli import main; main()"
     )
     assert python(tmp_path, script).returncode == 0
+
+
+def test_version_help_and_completion(tmp_path: Path):
+    command = [sys.executable, "-m", "fastcompat", "--version"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, f"fastcompat {fastcompat.__version__}\n")
+    assert "evaluate [OPTIONS]" in call("evaluate", "-h").output
+    words = {
+        "_FASTCOMPAT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "fastcompat evaluate --qu",
+        "COMP_CWORD": "2",
+    }
+    result = CliRunner().invoke(app, [], prog_name="fastcompat", env=words)
+    assert set(result.output.split()) == {"--query-old", "--query-new", "--query-labels"}
+
+
+def sparse_zip(root: Path) -> None:
+    """128 MiB of zeros in 128 KiB."""
+    with zipfile.ZipFile(root, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"):
+            with archive.open(name, "w") as member:
+                for _ in range(128 if name == "b/1.png" else 0):
+                    member.write(bytes(2**20))
+                if name != "b/1.png":
+                    Image.new("L", (9, 7)).save(member, "png")
+
+
+def endless(root: Path) -> None:
+    (classes(root, {"a": 3, "b": 2}) / "b" / "2.png").symlink_to("/dev/zero")
+
+
+def pipe_inside(root: Path) -> None:
+    os.mkfifo(classes(root, {"a": 3, "b": 2}) / "b" / "2.png")
+
+
+def bomb(root: Path) -> None:
+    """An image of 400 million pixels in half a megabyte."""
+    Image.new("1", (20_000, 20_000)).save(classes(root, {"a": 3, "b": 2}) / "b" / "2.png")
+
+
+def large_bomb(root: Path) -> None:
+    Image.new("1", (10_000, 10_000)).save(classes(root, {"a": 3, "b": 2}) / "b" / "2.png")
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (sparse_zip, "(134,217,728 bytes, and at most 67,108,864 are read)"),
+        (endless, "cannot read the image `b/2.png`"),
+        (pipe_inside, "(a pipe or a device)"),
+        (os.mkfifo, "is a pipe or a device"),
+        (lambda root: root.symlink_to("/dev/zero"), "is a pipe or a device"),
+        (bomb, "could be decompression bomb DOS attack"),
+        (large_bomb, "could be decompression bomb DOS attack"),
+    ],
+)
+def test_data_without_end_is_refused_before_memory_fills(
+    make: Callable[[Path], None], expected: str, tmp_path: Path, no_training: None
+):
+    make(tmp_path / "data")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = call("demo", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2 and "error: `--data`" in result.output and expected in result.output
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize("name", ("report.html", "curves.png"))
+def test_a_folder_where_a_file_goes_is_named_before_the_work(name: str, tmp_path: Path, no_training: None):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    result = call("demo", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2 and f"(`{name}` is a folder there)" in result.output
+
+
+def test_a_name_too_long_is_named_before_the_work(tmp_path: Path):
+    for letters in (245, 300):
+        options = [word for name in ("old", "new", "labels") for word in (f"--{name}", "none.npy")]
+        result = call("evaluate", *options, "--out", str(tmp_path / ("r" * letters + ".html")))
+        assert result.exit_code == 2 and "(File name too long)" in result.output
+        assert not list(tmp_path.iterdir())
+
+
+WIDE = [("serving", *(f"figure {i}" for i in range(5))), *(("both models", *["0.123"] * 5) for _ in range(2))]
+
+
+@pytest.mark.parametrize(
+    ("columns", "first"), [(80, "both models "), (40, "figure 0 "), (20, "  figure 0: 0.123")]
+)
+def test_a_table_fits_the_terminal(
+    columns: int, first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _terminal.print_report(
+        "A description of several words", WIDE, [("How", "to\n\n    copy(this, " + "x" * 80 + ")")]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(first) for line in lines) in (1, 2)
+    assert "      copy(this, " + "x" * 80 + ")" in lines
+    assert all(len(line) <= columns for line in lines if "copy(" not in line)
+    assert sum(line.count("0.123") for line in lines) == 10
+
+
+def test_a_terminal_without_unicode_stops_nothing(tmp_path: Path):
+    script = "from fastcompat import cli, _terminal; cli._command(); _terminal.fail('caf\\udce9 caf\\u00e9 \\u6570')"
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+    )
+    assert b"error: caf\\udce9 caf\xe9 \\u6570" in ran.stderr
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path):
