@@ -23,8 +23,10 @@ lint:
 	ruff format --check .
 	git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' | xargs clang-format --dry-run --Werror
 
+# The package, and a user's program.
 types: tests
 	mypy --python-executable .venv-test/bin/python
+	basedpyright --pythonpath .venv-test/bin/python tests/typing
 
 # What the build does where nvcc is missing, too old, or refuses.
 cuda-choice:
@@ -112,7 +114,7 @@ emulated-simd: tests
 	print(" or ".join(x for x in built["simd_built"] if x not in built["simd_usable"]))')
 	if [ -z "$$missing" ]; then echo "the step tests has run every instruction set on this processor itself"; exit; fi
 	export SKBUILD_CMAKE_DEFINE="FASTCOMPAT_CUDA=OFF;FASTCOMPAT_EMULATE=ON"
-	pip install -q --no-deps --no-build-isolation --target build/emulated-simd/site --upgrade -Cbuild-dir=build/emulated-simd .
+	pip install -q --no-deps --target build/emulated-simd/site --upgrade -Cbuild-dir=build/emulated-simd .
 	export PYTHONPATH=build/emulated-simd/site OMP_NUM_THREADS=1
 	.venv-test/bin/pytest -k "$$missing" tests/engine/test_softmax_stats.py tests/engine/test_gradients.py &
 	softmax=$$!
