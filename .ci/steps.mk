@@ -3,11 +3,12 @@ SHELL := .ci/step
 .SHELLFLAGS = $@
 .ONESHELL:
 .SILENT:
-.PHONY: all
-
-all: lint types cuda-choice cuda-wheel wheel-without-gpu sanitize threads mutants clang aarch64 device-tests \
-     machine-code tests emulated-gpu-80 emulated-gpu-90 failures emulated-kernels emulated-simd other-defaults demo \
-     demo-omniglot experiment bench
+steps := lint types cuda-choice cuda-wheel wheel-without-gpu sanitize threads mutants clang aarch64 device-tests \
+         machine-code tests emulated-gpu-80 emulated-gpu-90 failures emulated-kernels emulated-simd fuzz demo \
+         demo-omniglot experiment bench
+.PHONY: all emulated-gpu $(steps)
+# The order of start, where nothing else decides: what others wait for, then the longest.
+all: tests device-tests cuda-wheel $(steps)
 
 project := -G Ninja -DSKBUILD_PROJECT_NAME=fastcompat -DSKBUILD_PROJECT_VERSION=0 -DFASTCOMPAT_CUDA=OFF
 # The commands of README.md as they stand there. The wheel of `cuda-wheel` has the CUDA kernels; these leave them out.
@@ -59,8 +60,7 @@ threads:
 
 # Faults planted in the kernels, which the self-check must find.
 mutants: tests
-	.venv-test/bin/python -m pip install -q pybind11
-	.venv-test/bin/pytest tests/mutants
+	.ci/mutants .venv-test/bin/python
 
 # Another compiler: no warning, and the native tests.
 clang:
@@ -120,6 +120,10 @@ emulated-simd: tests
 	softmax=$$!
 	.venv-test/bin/pytest -k "$$missing" tests/engine/test_screen.py tests/engine/test_topk.py
 	wait $$softmax
+
+# Random problems, and tests under other defaults of torch.
+fuzz: tests
+	.ci/fuzz .venv-test/bin/pytest
 
 demo: tests
 	$(call readme,demo-command)
