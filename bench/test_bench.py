@@ -15,8 +15,8 @@ from machine import HOPELESS, Speed
 from pytest_benchmark.fixture import BenchmarkFixture
 from side import Side
 
-ROUNDS = (5, 15)
-CASE_S = {True: 1.0, False: 8.0}  # seconds of rounds per case, quick or not: few rounds where calls are slow
+ROUNDS = {True: (2, 3), False: (5, 15)}
+CASE_S = {True: 0.2, False: 8.0}  # seconds of rounds per case, quick or not: few rounds where calls are slow
 PATIENCE_S = {True: 0.0, False: 8.0}  # seconds in all that the rounds of a case may wait for a quiet machine
 
 _measured = 0.0
@@ -84,7 +84,7 @@ def test_case(
                 side.round()
 
         a_round = sum(max(side.first, 0.05) for side in (ours, *others) if not side.slow) or ours.first
-        rounds = int(np.clip(CASE_S[quick] / a_round, *ROUNDS))
+        rounds = int(np.clip(CASE_S[quick] / a_round, *ROUNDS[quick]))
         benchmark.pedantic(time_ours, setup=time_others, rounds=rounds)
 
     benchmark.group = case.kind
