@@ -11,13 +11,15 @@ import pytest
 import torch
 from hypothesis import settings
 
+from fastcompat import _native
+
 # The same examples on every run; `pytest --hypothesis-profile=nightly` draws fresh ones, and more of them.
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=1000, deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("ci")
 
 FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm")
-FACTORIES += ("scalar_tensor", "tensor", "zeros")
+FACTORIES += ("as_tensor", "asarray", "scalar_tensor", "tensor", "zeros")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +28,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--default-dtype", default="float32", help="run the package under torch's other default dtype"
     )
     group.addoption("--default-device", default="cpu", help="torch's default in the package")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Other defaults are Python's business: one instruction set is enough."""
+    if (config.getoption("--default-dtype"), config.getoption("--default-device")) == ("float32", "cpu"):
+        return
+    last = _native.simd_levels()[-1]
+    others = [x for x in items if hasattr(x, "callspec") and x.callspec.params.get("simd", last) != last]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
 
 
 @pytest.fixture(autouse=True)

@@ -117,7 +117,7 @@ def set_up(drawn: Drawn) -> None:
 
 
 @given(DRAWN)
-@examples(150)
+@examples(100)
 def test_the_best_keys(drawn: Drawn) -> None:
     set_up(drawn)
     found = fc.topk(drawn.q, drawn.x, drawn.k, metric=drawn.metric, **drawn.filters)
@@ -129,7 +129,7 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...], what: str) -> None:
 
 
 @given(DRAWN, st.integers(1, 3))
-@examples(150)
+@examples(100)
 def test_every_road_leads_to_the_same_bits(drawn: Drawn, parts: int) -> None:
     set_up(drawn)
     q, x, k, metric = drawn.q, drawn.x, drawn.k, drawn.metric

@@ -166,7 +166,7 @@ def gradient_floor(p: SoftmaxProblem, arriving: float, out: Tensor, exact: Tenso
 
 
 @given(DRAWN)
-@examples(200)
+@examples(120)
 def test_statistics_and_gradients(drawn: Drawn) -> None:
     _native.set_simd(drawn.level)
     torch.set_num_threads(drawn.threads)
@@ -206,7 +206,7 @@ def plain_loss(p: SoftmaxProblem, mean: bool) -> Tensor:
 
 
 @given(DRAWN.filter(lambda d: d.dtype != torch.float16 and any(d.wanted[:2]) and d.bias != "-inf"))
-@examples(150)
+@examples(80)
 def test_the_loss_with_its_gradients(drawn: Drawn) -> None:
     _native.set_simd(drawn.level)
     torch.set_num_threads(drawn.threads)
