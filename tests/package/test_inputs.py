@@ -453,7 +453,8 @@ def refused_ids(scores: Any, ids: Any) -> str:
     return str(caught.value)
 
 
-def test_negative_labels_warn() -> None:
+def test_negative_labels_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcompat._checks._warned", set(), raising=False)  # of once in a process
     hashes = np.array([-(2**40), 7, -3, 9])[LABELS]
     with pytest.warns(UserWarning, match="`query_labels` holds negative labels other than -1"):
         fc.retrieval_metrics(OLD[:B], OLD, hashes[:B], LABELS)

@@ -231,7 +231,8 @@ def test_names_of_classes(tmp_path: Path) -> None:
         ]
 
 
-def test_hashes_of_classes_are_warned_of_once(tmp_path: Path) -> None:
+def test_hashes_of_classes_are_warned_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcompat._checks._warned", set(), raising=False)  # of once in a process
     pytest.importorskip("matplotlib")
     hashes = np.array([-(2**40), 7, -3])[np.arange(12) % 3]
     for name, array in {"old": X.repeat(3, 0), "new": X.repeat(3, 0), "labels": hashes}.items():
