@@ -139,21 +139,24 @@ def backfill_curve(
 
     Args:
         query_old: [Q, D_old], the queries in the old space; float32, bfloat16, float16 or float64 (float64
-            in either space runs the reference). Torch tensors, or NumPy arrays, which give NumPy arrays back.
-        old: [N, D_old], of the same dtype.
+            in either space runs the reference). What `fastcompat.topk` takes; anything but a tensor gives
+            NumPy arrays back.
+        old: [N, D_old]. Of two dtypes in one space the wider one is computed in; a narrower gallery is copied
+            into it.
         query_new: [Q, D_new], the same queries in the new space.
-        new: [N, D_new], of the same dtype as `query_new`.
-        query_labels: [Q] int64. A gallery item with the same label is relevant; a negative label equals none.
-        gallery_labels: [N] int64.
-        order: [N] int64, a permutation of the gallery ids, first to be backfilled first (None: random from
-            `seed`).
+        new: [N, D_new].
+        query_labels: [Q] whole numbers, or strings on both sides. A gallery item with the same label is
+            relevant; a negative label equals none (a warning says so where there are others than -1).
+        gallery_labels: [N].
+        order: [N] whole numbers, a permutation of the gallery ids, first to be backfilled first (None:
+            random from `seed`).
         states: T, from 2 to 10,000.
         ks: the cut-offs k of CMC@k.
         metric: "cosine", "ip" or "l2".
         baseline: (query [Q, D_b], gallery [N, D_b]) of the system that flips are counted against, ranked in
             its own space (None: state 0).
-        exclude: [Q] int64, for each query a gallery id that is neither ranked nor relevant, such as the
-            query itself (-1: none).
+        exclude: [Q] whole numbers, for each query a gallery id that is neither ranked nor relevant, such as
+            the query itself (-1: none).
         seed: seed of the random order.
         backend: "auto", "native" or "reference" (T independent evaluations by a full stable sort).
 

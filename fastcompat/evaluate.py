@@ -91,15 +91,16 @@ def retrieval_metrics(
     computed in float64. AP@R follows Musgrave et al., "A Metric Learning Reality Check" (ECCV 2020).
 
     Args:
-        query: [Q, D] float32, bfloat16, float16 or float64 (float64 runs the reference). A torch tensor, or
-            a NumPy array, which gives NumPy arrays in `.per_query`.
-        gallery: [N, D], of the same dtype.
-        query_labels: [Q] int64.
-        gallery_labels: [N] int64.
+        query: [Q, D] float32, bfloat16, float16 or float64 (float64 runs the reference). What
+            `fastcompat.topk` takes; anything but a tensor gives NumPy arrays in `.per_query`.
+        gallery: [N, D]. Of two dtypes the wider one is computed in; a narrower gallery is copied into it.
+        query_labels: [Q] whole numbers, or strings on both sides. A negative label equals no label (a warning
+            says so where there are others than -1).
+        gallery_labels: [N].
         ks: the cut-offs k of CMC@k and Recall@k.
         metric: "cosine", "ip" or "l2".
-        exclude: [Q] int64, for each query a gallery id that is neither ranked nor relevant, such as the
-            query itself (-1: none).
+        exclude: [Q] whole numbers, for each query a gallery id that is neither ranked nor relevant, such as
+            the query itself (-1: none).
         map_at: K, to get mAP@K as `.map` (None: over the whole ranking).
         backend: "auto", "native" or "reference" (a full stable sort of all scores of a query).
 

@@ -45,7 +45,7 @@ def uncertainty(
     dZ/df^>)`, h being the entropy of two outcomes.
 
     Args:
-        features: [N, D], those stored in the gallery; a tensor or a NumPy array.
+        features: [N, D], those stored in the gallery; what `fastcompat.topk` takes.
         class_weight: [C, D], the old classifier's weight or class prototypes (a zero row is a class too, with
             cosine 0 to everything: leave empty classes out). Both sides are L2-normalised here.
         kind: "entropy", "margin" or "least_confidence".
@@ -53,8 +53,8 @@ def uncertainty(
         backend: "auto", "native" or "reference".
 
     Returns:
-        float32 [N] (float64 for float64 inputs), a tensor or a NumPy array as `features`; higher = backfill
-        first.
+        float32 [N] (float64 for float64 inputs), a tensor if `features` is one, else a NumPy array; higher =
+        backfill first.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; no class; NaN or inf, naming the first bad row.

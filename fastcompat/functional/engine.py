@@ -77,18 +77,20 @@ def topk(
 ) -> tuple[Array, Array]:
     """The k best keys of every query, exactly: best first, ties to the smaller id.
 
-    Takes tensors or NumPy arrays and returns the same kind. No gradient.
+    Takes tensors, NumPy arrays, lists, data frames and their columns (by position, the index is ignored), and
+    returns tensors for a tensor `query`, else NumPy arrays. No gradient.
 
     Args:
-        query: [B, D].
-        keys: [N, D], with the dtype of `query`.
+        query: [B, D], or one vector [D], which gives [k] back. Python's own numbers count as float32.
+        keys: [N, D]. Where its dtype differs from that of `query`, the wider one is computed in, such as
+            float32 for float32 queries of a float16 store, whose keys are widened block by block.
         k: at least 1; places beyond the number of candidates hold score -inf and id -1.
         metric: "cosine" (a zero vector has cosine 0 with everything), "ip" (inner product) or "l2" (score =
             minus the squared distance). Higher is better.
-        query_labels: int64 [B], together with `key_labels`: keys with the query's label are skipped (hard
-            negatives).
-        key_labels: int64 [N].
-        exclude: int64 [B], a key number to skip, or -1.
+        query_labels: [B] whole numbers (a negative one equals no label) or strings, together with
+            `key_labels`: keys with the query's label are skipped (hard negatives).
+        key_labels: [N].
+        exclude: [B] whole numbers: a key number to skip, or -1.
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -96,7 +98,11 @@ def topk(
 
     Raises:
         ValueError, TypeError: arguments that do not fit; NaN or inf in `query` or `keys`, naming the first
-            bad row.
+            bad row; masked or missing entries.
+
+    Example::
+
+        scores, ids = fc.topk(queries, gallery, 10)
     """
     _checks.choice("metric", metric, _checks.METRICS)
     k = _checks.positive_int("k", k)
@@ -131,14 +137,14 @@ def ranks(
 ) -> Array:
     """How many keys beat each target: its place in the full ranking of `topk`, without sorting anything.
 
-    Takes tensors or NumPy arrays and returns the same kind. No gradient.
+    Takes what `topk` takes, and returns a tensor for a tensor `query`, else a NumPy array. No gradient.
 
     Args:
-        query: [B, D].
-        keys: [N, D], with the dtype of `query`.
-        targets: int64 [B, P], key numbers; -1 pads.
+        query: [B, D], or one vector [D] with targets [P].
+        keys: [N, D]. Of two dtypes the wider one is computed in; narrower keys are copied into it.
+        targets: [B, P] whole numbers: key numbers; -1 pads.
         metric: "cosine", "ip" or "l2", as in `topk`.
-        exclude: int64 [B], a key number that does not count, or -1.
+        exclude: [B] whole numbers: a key number that does not count, or -1.
         backend: "auto", "native" or "reference".
 
     Returns:
