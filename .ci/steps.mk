@@ -30,8 +30,8 @@ types: tests
 	basedpyright --pythonpath .venv-test/bin/python tests/typing
 
 # What the build does where nvcc is missing, too old, or refuses.
-cuda-choice:
-	pytest tests/build
+cuda-choice: tests
+	.venv-test/bin/pytest tests/build
 
 # Compiled by the nvcc of PyPI, on a machine that shows none.
 cuda-wheel:
