@@ -106,9 +106,6 @@ FAULTS = {
         "ranks.inl", "if (excluded(t, lane, ids[i]))", "if (false)", ("count_beats",)
     ),
     "a place without a key has a score": Fault(
-        "ranks.inl",
-        "item.ids[at] < 0 ? -kInf : scores[lane - v * W]",
-        "scores[lane - v * W]",
-        ("pair_scores",),
+        "ranks.inl", "< 0 ? -kInf :", "< -1 ? -kInf :", ("pair_scores",)
     ),
 }
