@@ -33,8 +33,8 @@ def refuse_nonfinite(error: NonFiniteError, names: Sequence[tuple[str, str]]) ->
 def refuse_overflow(row: int, name: str) -> NoReturn:
     """Raise under the name the caller gave to the queries: this row has scores that no number holds."""
     raise ValueError(
-        f"`{name}` must have scores that float32 holds (below 3.4e38): row {row} has larger ones, whose order "
-        'is not known; multiply all vectors by a small constant, or use metric="cosine"'
+        f"`{name}` must have scores that float32 holds (below 3.4e38): row {row} has larger ones, whose "
+        'order is not known; multiply all vectors by a small constant, or use metric="cosine"'
     ) from None
 
 
