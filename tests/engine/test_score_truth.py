@@ -239,6 +239,20 @@ def test_no_columns_in_everything_else() -> None:
         assert torch.allclose(stats.neg_lse, want)
         (stats.neg_lse.sum() + stats.pos_sum.sum()).backward()
         assert q.grad.shape == (5, 0) and k.grad.shape == (6, 0)
+        q, k = torch.zeros(6, 0, requires_grad=True), torch.zeros(6, 0, requires_grad=True)
+        # All logits are 0: a loss counts the keys.
+        same = (labels[:, None] == labels).sum(1)
+        log_odds = torch.log1p((6 - same) / same).mean()
+        for normalize in (True, False):
+            named = {"normalize": normalize, "backend": backend}
+            loss = fc.functional.contrastive_loss(q, k, query_labels=labels, key_labels=labels, **named)
+            assert torch.isclose(loss, log_odds)
+            loss = loss + fc.functional.simclr_loss(q, k, **named)
+            loss = loss + fc.functional.prototype_loss(q, k[:2], labels, **named)
+            assert loss.isfinite()
+            loss.backward()
+        fc.functional.bct_loss(q, labels, keys, bias, backend=backend).backward()
+        assert q.grad.shape == k.grad.shape == (6, 0)
 
 
 @pytest.mark.parametrize("metric", METRICS)
