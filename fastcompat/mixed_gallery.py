@@ -55,8 +55,11 @@ class MixedGallery:
     `fastcompat.mixed_topk` on the state of that moment. The old model can be retired when `fraction` is 1: a
     side without items needs no query.
 
-    From the second search of one state on, the vectors are kept in the form that the CPU kernels read (half
-    the size of float32 vectors), so that small batches of queries need not convert them again.
+    From the second search of one state on, the vectors are kept in the form that the CPU kernels read, so
+    that small batches of queries need not convert them again. It takes 2 bytes a number and 20 an item: of
+    float32 vectors 0.66 at D = 32, 0.58 at 64, 0.54 at 128, 0.51 at 768 (with AMX, D counts in whole 32s).
+    Where that is more than 0.75 of float32 vectors (up to D = 19), or nothing needs converting, nothing is
+    kept.
 
     Searches may run in any number of threads beside one another and beside updates: each sees the gallery
     before an update or after it, never half of one.
