@@ -68,7 +68,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
     return to_tensor(name, value, read(name, value))
 
 
-def give_back(result: tuple[Tensor, ...], given: object) -> Any:
+def like_input(result: tuple[Tensor, ...], given: object) -> Any:
     """`result` as it is if `given` is a tensor, else as NumPy arrays."""
     return result if isinstance(given, Tensor) else tuple(part.cpu().numpy() for part in result)
 

@@ -87,11 +87,11 @@ class _SoftmaxStats(torch.autograd.Function):
                 dkeys, dbias = dkeys if want_keys else None, dbias if want_bias else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = (dquery, dkeys, dscale, dbias)
-            dquery, dkeys, dscale, dbias = _Once.apply(*found, *saved, *grads)  # type: ignore[no-untyped-call]
+            dquery, dkeys, dscale, dbias = _NoDoubleBackward.apply(*found, *saved, *grads)  # type: ignore[no-untyped-call]
         return (dquery, dkeys, None, dscale, dbias, None, None, None, None, None)
 
 
-class _Once(torch.autograd.Function):
+class _NoDoubleBackward(torch.autograd.Function):
     """Hands first derivatives through and refuses the second."""
 
     @staticmethod
@@ -118,7 +118,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         else:
             loss, dquery, dkeys = _ops.softmax_loss(query, keys, *rest)
         want_query, want_keys = rest[-2:]
-        # The leaves are for `_Once` alone.
+        # The leaves are for `_NoDoubleBackward` alone.
         ctx.save_for_backward(query if want_query else None, keys if want_keys else None, dquery, dkeys)
         return loss
 
@@ -136,7 +136,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             with torch.no_grad():
                 dquery, dkeys = dquery * grad, dkeys * grad
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                dquery, dkeys, *_ = _Once.apply(dquery, dkeys, None, None, query, keys, grad)  # type: ignore[no-untyped-call]
+                dquery, dkeys, *_ = _NoDoubleBackward.apply(dquery, dkeys, None, None, query, keys, grad)  # type: ignore[no-untyped-call]
         want_query, want_keys, *_ = ctx.needs_input_grad
         return (dquery if want_query else None, dkeys if want_keys else None, None, None)
 

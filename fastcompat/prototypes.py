@@ -37,7 +37,7 @@ def class_prototypes(features: Array, labels: Array, num_classes: int, *, eps: f
     """
     running = RunningPrototypes(num_classes, eps=eps)
     running.add(features, labels)
-    result: Array = _checks.give_back((running.prototypes(),), features)[0]
+    result: Array = _checks.like_input((running.prototypes(),), features)[0]
     return result
 
 
@@ -136,7 +136,7 @@ def ndpp(
     """
     _checks.positive_int("k", k)
     old, new = _pair(old_prototypes, new_prototypes)
-    native = _checks.takes_native(backend, old)
+    native = _checks.use_native(backend, old)
     itself = torch.arange(old.shape[0], dtype=torch.int64, device=old.device)
     moved = old.clone()
     sides = (

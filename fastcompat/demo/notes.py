@@ -6,7 +6,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from fastcompat import report
+from fastcompat.commands import report
 from fastcompat.demo.data import DIGITS
 from fastcompat.demo.upgrade import Upgrade
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastcompat as fc
-from fastcompat.backfill import BackfillCurve
 from fastcompat.demo import train
 from fastcompat.demo.data import DIGITS, ImageSet, Split, describe, split
 from fastcompat.demo.train import Recipe, build, embed, fit
+from fastcompat.judging.curve import BackfillCurve
 
 STATES = 22
 

@@ -68,7 +68,7 @@ def bct_loss(
     _checks.warn_negative_labels("labels", labels)
     known = (labels >= 0) & (labels < weight.shape[0])
     target = torch.where(known, labels, -1)
-    native = _checks.takes_native(backend, features)
+    native = _checks.use_native(backend, features)
     problem = SoftmaxProblem(features, weight, scale, bias, positive=target)
     return contrastive(native, problem, "sum_in_log", reduction)
 
@@ -131,7 +131,7 @@ def prototype_loss(
     target = parts.class_targets(labels, prototypes.shape[0])
     columns = (perturbed if perturb_negatives else prototypes).detach()
     query, keys = parts.matched(features, columns, normalize, eps)
-    native = _checks.takes_native(backend, query)
+    native = _checks.use_native(backend, query)
     problem = SoftmaxProblem(query, keys, scale, positive=target)
     if perturbed is prototypes or perturb_negatives:
         return contrastive(native, problem, "sum_in_log", reduction)
@@ -195,7 +195,7 @@ def margin_softmax_loss(
         raise ValueError(f"`margin` must be an angle of 0 to pi radians: got {margin}")
     target = parts.class_targets(labels, weight.shape[0])
     query, keys = parts.matched(features, weight, True, eps)
-    native = _checks.takes_native(backend, query)
+    native = _checks.use_native(backend, query)
     stats = row_stats(native, SoftmaxProblem(query, keys, scale, positive=target))
     cosine = stats.pos_sum / scale  # [B], 0 where there is no positive
     lowered = _arcface(cosine, margin) if kind == "arcface" else cosine - margin

@@ -59,7 +59,7 @@ def softmax_stats(
     scale = _checks.scalar("scale", scale, "query", query)
     _checks.bias(bias, keys)
     check_sets(query, keys, query_labels, key_labels, positive, exclude)
-    native = _checks.takes_native(backend, query)
+    native = _checks.use_native(backend, query)
     sets = (query_labels, key_labels, positive, exclude)
     return row_stats(native, SoftmaxProblem(query, keys, scale, bias, *sets))
 
@@ -121,7 +121,7 @@ def topk(
     labels = _inputs.labels(("query_labels", "key_labels"), (query_labels, key_labels), sides)
     skipped = None if exclude is None else _inputs.rows("exclude", exclude, sides[0])
     _checks.in_range("exclude", skipped, x.shape[0], wait=True)
-    native = _checks.takes_native(backend, q)
+    native = _checks.use_native(backend, q)
     found = _promoted.topk(
         [Segment(q, x)],
         k,
@@ -132,7 +132,7 @@ def topk(
         native=native,
     )
     found = (found[0][0], found[1][0]) if single else found
-    result: tuple[Array, Array] = _checks.give_back(found, query)
+    result: tuple[Array, Array] = _checks.like_input(found, query)
     return result
 
 
@@ -170,7 +170,7 @@ def ranks(
     skipped = None if exclude is None else _inputs.rows("exclude", exclude, ("query", q))
     _checks.in_range("targets", wanted, x.shape[0], wait=True)
     _checks.in_range("exclude", skipped, x.shape[0], wait=True)
-    native = _checks.takes_native(backend, q)
+    native = _checks.use_native(backend, q)
     if skipped is not None:
         wanted = wanted.masked_fill(wanted == skipped[:, None], -1)
     x = x.to(q.dtype)
@@ -180,7 +180,7 @@ def ranks(
         q, x, None, everything, score, wanted, metric, exclude=skipped, native=native
     )[:, :, 0]
     places = beaten.masked_fill(wanted < 0, -1)
-    result: Array = _checks.give_back((places[0] if single else places,), query)[0]
+    result: Array = _checks.like_input((places[0] if single else places,), query)[0]
     return result
 
 

@@ -90,7 +90,7 @@ class Transform(nn.Module):
                 found = self(*map(self.like_weights, block))
                 blocks.append(found if isinstance(found, tuple) else (found,))
         whole = [torch.cat(parts).to(tensors[0].device) for parts in zip(*blocks, strict=True)]
-        given = _checks.give_back(tuple(whole), features[0])
+        given = _checks.like_input(tuple(whole), features[0])
         return given[0] if len(given) == 1 else given
 
     def save(self, path: File) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import _checks, _inputs, functional
 from .base import Transform, as_features, check_width
-from .training import Training
+from .fitting import Training
 
 _ROWS = 4096  # that choose the scale of the class means' classifier
 

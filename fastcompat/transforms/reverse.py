@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .. import _checks, _inputs, functional
 from ..losses import MetricCompatibleLoss
 from .base import Transform, as_features, check_width
+from .fitting import Training
 from .forward import block
-from .training import Training
 
 
 class ResidualHead(Transform):

@@ -16,18 +16,22 @@ PACKAGE = ROOT / "fastcompat"
 # Lowest first. A module imports from floors below its own, and freely inside its own folder. A name is a
 # module or a folder of the package; `folder.module` places one module of a folder apart from the rest.
 FLOORS = (
-    "_native _output _terminal",  # the native module; files and terminals
-    "_checks _ops",  # errors in arguments; torch operators
-    "reference _folder",  # the specification; stored tensors
-    "_search _ranking selfcheck",  # searches and ranks; are the kernels right
-    "_loss_parts",
-    "_autograd prototypes",  # gradients
+    "_torch_hooks _files _arrays commands.terminal",  # private torch; files; arrays of any library; terminal
+    "_native",
+    "_checks commands.output commands.npy_files",  # errors in arguments; files of the commands
+    "_inputs _operands reference serving.folder",  # what users bring; the specification; stored tensors
+    "_ops",  # torch operators
+    "_search",
+    "_promoted _loss_parts judging.ranking selfcheck",  # wide queries; ranks; are the kernels right
+    "_autograd",  # gradients
     "functional",  # the public functions
-    "losses evaluate merge backfill gallery ordering",  # modules, figures, results
-    "transforms mixed_gallery report vector_files",
-    "training __init__ evaluate_command",
-    "demo align_command",
-    "cli",
+    "prototypes",
+    "losses serving judging",  # modules; galleries and lists of results; figures
+    "transforms commands.report commands.evaluation",
+    "training __init__",
+    "demo",
+    "commands",
+    "__main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -121,7 +125,7 @@ def test_every_operator_is_self_checked() -> None:
 
 
 def test_every_operator_runs_on_the_emulated_gpu_or_is_the_cpus_alone() -> None:
-    text = (ROOT / "tests" / "cuda" / "reroute.py").read_text()
+    text = (ROOT / "tests" / "gpu" / "reroute.py").read_text()
     kernels = re.search(r"KERNELS = \((.*?)\)", text, re.DOTALL)
     assert kernels
     assert set(re.findall(r'"(\w+)"', kernels[1])) == OPERATORS - set(_ops._CPU_ALONE)

@@ -1,6 +1,6 @@
 """What a GPU may lack and what may go wrong on it, tried on the emulated one: an error; the next call works.
 
-    PYTHONPATH=tests/cuda pytest tests/cuda/test_failures.py
+    PYTHONPATH=tests/gpu pytest tests/gpu/test_failures.py
 
 wants the module that CMakeLists.txt here describes.
 """

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks, _inputs, _ops, reference
+from .. import _checks, _inputs, _ops, reference
 
 # Entries of the largest table of one query block (of int64: 16 MiB).
 BLOCK = 2**21
@@ -25,7 +25,7 @@ class Space:
         query, gallery, _ = _inputs.pair(names, query, gallery)
         gallery = gallery.to(query.dtype)
         _checks.choice("metric", metric, _checks.METRICS)
-        self.native = _checks.takes_native(backend, query)
+        self.native = _checks.use_native(backend, query)
         self.names, self.metric = names, metric
         self.query = query.detach()  # [Q, D]
         self.gallery = gallery.detach()  # [N, D]

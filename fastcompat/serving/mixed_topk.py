@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from . import _checks, _inputs, _promoted
-from .functional import Array
-from .reference import Segment
+from .. import _checks, _inputs, _promoted
+from ..functional import Array
+from ..reference import Segment
 
 
 def mixed_topk(
@@ -70,7 +70,7 @@ def mixed_topk(
     k = _checks.positive_int("k", k)
     _checks.choice("metric", metric, _checks.METRICS)
     scales, offsets = two_numbers("scale", scale), two_numbers("offset", offset)
-    native = all([_checks.takes_native(backend, query) for query, _ in pairs])
+    native = all([_checks.use_native(backend, query) for query, _ in pairs])
 
     parts: list[Segment] = []
     used: list[tuple[str, str]] = []
@@ -83,7 +83,7 @@ def mixed_topk(
             used.append(names[s])
     found = _promoted.topk(parts, k, metric, native=native, names=used)
     found = (found[0][0], found[1][0]) if single else found
-    best, ids = _checks.give_back(found, query_old)
+    best, ids = _checks.like_input(found, query_old)
     return best, ids
 
 

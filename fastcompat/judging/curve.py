@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _files, _inputs
-from ._ranking import Relevant, Space, average_precision, best_first, cutoffs, full_sort_ranks
-from .functional import Array
+from .. import _checks, _files, _inputs
+from ..functional import Array
+from .ranking import Relevant, Space, average_precision, best_first, cutoffs, full_sort_ranks
 
 MAX_STATES = 10_000
 
@@ -208,7 +208,7 @@ def backfill_curve(
         return number.double() / len(relevant.counted)
 
     def as_given(values: Tensor) -> Any:
-        return _checks.give_back((values,), query_old)[0]
+        return _checks.like_input((values,), query_old)[0]
 
     mean_ap = [each[relevant.counted].mean() for each in ap]
     return BackfillCurve(

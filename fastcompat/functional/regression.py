@@ -91,7 +91,7 @@ def fastfill_loss(
     target_class = parts.class_targets(labels, new_weight.shape[0])
     query, weight = parts.matched(pred, new_weight.detach(), False)
     bias = parts.frozen_bias("new_bias", new_bias, "new_weight", weight)
-    native = _checks.takes_native(backend, query)
+    native = _checks.use_native(backend, query)
     stats = row_stats(native, SoftmaxProblem(query, weight, bias=bias, positive=target_class))
     wide = torch.promote_types(query.dtype, torch.float32)
     classes = max(weight.shape[0], 1)

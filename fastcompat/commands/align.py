@@ -16,12 +16,12 @@ from torch import Tensor
 
 import fastcompat as fc
 
-from . import _checks, _inputs
-from ._output import OutputFolder
-from ._terminal import fail, print_report, shown, warned_once
-from .backfill import BackfillCurve
+from .. import _checks, _inputs
+from ..judging.curve import BackfillCurve
+from ..transforms.base import Transform, as_features
 from .npy_files import read_npy
-from .transforms.base import Transform, as_features
+from .output import OutputFolder
+from .terminal import fail, print_report, shown, warned_once
 
 METHODS = ("mcl", "rqt", "fct", "fastfill", "procrustes")
 FORWARD = ("fct", "fastfill")  # the gallery is transformed; the others transform the query

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import _checks, _inputs
-from ._arrays import NpyFile
-from .backfill import BackfillCurve, backfill_curve
+from .. import _checks, _inputs
+from .._arrays import NpyFile
+from ..judging.curve import BackfillCurve, backfill_curve
 from .npy_files import read_npy
 
 KS = (1, 5, 10)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks, _files
+from .. import _checks, _files
 
 MANIFEST = "manifest.json"
 OURS = ".fastcompat.npy"  # how the names of the arrays' files end

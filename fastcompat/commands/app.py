@@ -17,9 +17,10 @@ import typer
 
 import fastcompat as fc
 
-from . import _native, align_command, evaluate_command, selfcheck
-from ._output import OutputFolder
-from ._terminal import fail, print_report, print_table, refuse_missing_extra, shown
+from .. import _native, selfcheck
+from . import align, evaluate
+from .output import OutputFolder
+from .terminal import fail, print_report, print_table, refuse_missing_extra, shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -105,7 +106,7 @@ def demo(
 ) -> None:
     """Train an old and new models on real images, upgrade the gallery step by step, and write a report."""
     try:
-        from . import demo as demonstration
+        from .. import demo as demonstration
         from . import report
     except ModuleNotFoundError as error:
         refuse_missing_extra(error, "the demonstration")
@@ -133,8 +134,8 @@ def demo(
     typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(shown, written))}")
 
 
-app.command()(evaluate_command.evaluate)
-app.command()(align_command.align)
+app.command()(evaluate.evaluate)
+app.command()(align.align)
 
 
 def _gpu(index: int) -> str:

@@ -18,9 +18,9 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ._native import build_info
-from ._terminal import shown
-from .backfill import BackfillCurve
+from .._native import build_info
+from ..judging.curve import BackfillCurve
+from .terminal import shown
 
 # Okabe and Ito's colours, safe for colour-blind readers; the dashes help in print.
 STYLES = (("#D55E00", (0, (5, 1.5))), ("#0072B2", "-"), ("#009E73", "-"), ("#CC79A7", "-"), ("#E69F00", "-"))

@@ -44,7 +44,7 @@ CHIPS = {
 }
 PAGE = """# The machine code of the CUDA kernels
 
-Compiled by nvcc {nvcc}; written by `tests/device/run.sh report`, which fails where a kernel spills
+Compiled by nvcc {nvcc}; written by `tests/emulator/run.sh report`, which fails where a kernel spills
 registers or uses others than it states. *KiB shared*: dynamic shared memory of a block, at 4,096 queries,
 65,536 keys and D from 64 to 1,024 (searches: also 128 queries, k = 100). *blocks*: how many a multiprocessor
 holds at once, by registers, shared memory and threads, in the order of the architectures. *matrix*: HMMA

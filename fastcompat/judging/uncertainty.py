@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _inputs, _search, reference
-from . import _loss_parts as parts
-from .functional import Array
-from .functional.engine import row_stats
-from .reference import Segment, SoftmaxProblem
+from .. import _checks, _inputs, _search, reference
+from .. import _loss_parts as parts
+from ..functional import Array
+from ..functional.engine import row_stats
+from ..reference import Segment, SoftmaxProblem
 
 _ROWS = 4096  # at a time
 
@@ -72,12 +72,12 @@ def uncertainty(
         _checks.refuse_nonfinite(error, (("features", "class_weight"),))
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     keys = parts.normalised(weight.to(dtype))
-    native = _checks.takes_native(backend, keys)
+    native = _checks.use_native(backend, keys)
     blocks = [
         _uncertainty(parts.normalised(block.to(dtype)), keys, kind, scale, native)
         for block in torch.split(x, _ROWS)
     ]
-    result: Array = _checks.give_back((torch.cat(blocks),), features)[0]
+    result: Array = _checks.like_input((torch.cat(blocks),), features)[0]
     return result
 
 

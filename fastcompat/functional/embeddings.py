@@ -63,7 +63,7 @@ def contrastive_loss(
     plain = query.dtype == keys.dtype == torch.float32  # may be normalised where the gradient is known
     if not plain:
         query, keys = parts.matched(query, keys, normalize, eps)
-    native = _checks.takes_native(backend, query)
+    native = _checks.use_native(backend, query)
     problem = SoftmaxProblem(query, keys, scale, None, query_labels, key_labels, positive, exclude)
     later = parts.smallest_norm(query.dtype, eps) if normalize and plain else None
     return contrastive(native, problem, positives, reduction, later)
@@ -206,7 +206,7 @@ def ract_loss(
     negatives = []
     for bank in banks:
         query, keys = parts.matched(new, bank, normalize, eps)
-        native = _checks.takes_native(backend, query)
+        native = _checks.use_native(backend, query)
         if k is None:
             problem = SoftmaxProblem(query, keys, scale, None, labels, key_labels, exclude=key_index)
             negatives.append(row_stats(native, problem).neg_lse)
@@ -282,7 +282,7 @@ def metric_compatible_loss(
     systems = []
     for query, keys, exclude in ((reverse, old.detach(), None), (new, new, itself)):
         query, keys = parts.matched(query, keys, normalize, eps)
-        native = _checks.takes_native(backend, query)
+        native = _checks.use_native(backend, query)
         problem = SoftmaxProblem(query, keys, scale, None, labels, labels, exclude=exclude)
         systems.append(row_stats(native, problem))
     if shared_negatives:

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ._output import OutputFolder
-from ._terminal import fail, print_report, refuse_missing_extra, shown, warned_once
+from .output import OutputFolder
+from .terminal import fail, print_report, refuse_missing_extra, shown, warned_once
 
 
 def evaluate(
@@ -41,7 +41,7 @@ def evaluate(
 ) -> None:
     """Judge an upgrade from stored vectors: every state of the backfill, and what users lose."""
     try:
-        from . import report, vector_files
+        from . import evaluation, report
     except ModuleNotFoundError as error:
         refuse_missing_extra(error, "the report")
         raise
@@ -52,15 +52,15 @@ def evaluate(
             if out.suffix != ".html":
                 raise ValueError(f"`--out` must end in .html: got `{shown(out)}`")
             folder = stack.enter_context(OutputFolder(out.parent, report.names(out.name)))
-            upgrade = vector_files.load(old, new, labels, query_old, query_new, query_labels)
-            given = None if order == "random" else vector_files.read_order(Path(order))
+            upgrade = evaluation.load(old, new, labels, query_old, query_new, query_labels)
+            given = None if order == "random" else evaluation.read_order(Path(order))
             stack.enter_context(warned_once())
-            found = vector_files.curves(upgrade, given, metric, states, seed)
+            found = evaluation.curves(upgrade, given, metric, states, seed)
         except (TypeError, ValueError) as error:
             fail(str(error))
         seconds = round(time.perf_counter() - start, 1)
-        description = vector_files.describe(upgrade, found, shown(Path(order).name), metric)
-        rows, notes = vector_files.table(found), vector_files.notes(upgrade, found)
+        description = evaluation.describe(upgrade, found, shown(Path(order).name), metric)
+        rows, notes = evaluation.table(found), evaluation.notes(upgrade, found)
         print_report(description, rows, notes)
         both = found["both models"]
         picture = report.figure(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._ranking import Relevant, Space, average_precision, best_first, cutoffs
-from .functional import Array
+from .. import _checks
+from ..functional import Array
+from .ranking import Relevant, Space, average_precision, best_first, cutoffs
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,7 +132,7 @@ def retrieval_metrics(
         return float(values[relevant.counted].mean())
 
     def as_given(values: Tensor) -> Any:
-        return _checks.give_back((values,), query)[0]
+        return _checks.like_input((values,), query)[0]
 
     return RetrievalMetrics(
         map=mean(ap),

@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ._arrays import NpyFile
-from ._terminal import shown
+from .._arrays import NpyFile
+from .terminal import shown
 
 HEAD = 4096  # bytes that tell what a file is
 SHOWN = 10  # names of what an archive holds that are listed

@@ -1,10 +1,10 @@
 """A pytest plugin that runs the tests of tests/engine, which use CPU tensors, through the CUDA engine.
 
-    PYTHONPATH=tests/cuda pytest -p reroute tests/engine                 # on a GPU
-    PYTHONPATH=tests/cuda pytest -p reroute tests/engine --emulated 80   # on an emulated A100
+    PYTHONPATH=tests/gpu pytest -p reroute tests/engine                 # on a GPU
+    PYTHONPATH=tests/gpu pytest -p reroute tests/engine --emulated 80   # on an emulated A100
 
 The second line takes the native module that CMakeLists.txt here describes, whose GPU is the emulator of
-tests/device: Python, bindings, dispatch, scratch sizes and kernels are the product's, only the device is not.
+tests/emulator: Python, bindings, dispatch, scratch sizes and kernels are the product's, not the device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from torch.utils._pytree import tree_map_only
 
 from fastcompat import _autograd, _native, _ops
 
-MODULE = Path(__file__).parents[2] / "build" / "device" / "cuda"  # folder of the module with an emulated GPU
+MODULE = (
+    Path(__file__).parents[2] / "build" / "emulator" / "cuda"
+)  # folder of the module with an emulated GPU
 SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10}  # of a block, by compute capability; 80: as small as on 8.6
 KERNELS = ("softmax_stats", "softmax_query_grad", "softmax_key_grad", "topk", "pair_scores", "count_beats")
 # About the CPU, or different on a GPU: there an index out of range makes a row NaN, without an error.

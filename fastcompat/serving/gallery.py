@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks, _folder, _inputs, _native, _promoted, _search
-from .functional import Array
-from .gallery import one_or_many, two_numbers
-from .reference import Segment
+from .. import _checks, _inputs, _native, _promoted, _search
+from ..functional import Array
+from ..reference import Segment
+from . import folder as folders
+from .mixed_topk import one_or_many, two_numbers
 
 FORMAT = "fastcompat.MixedGallery"
 CONSTANT = ("old", "ids")  # arrays that no update changes
@@ -111,7 +112,7 @@ class MixedGallery:
         self._state = _State(new, mask)
         self._may_write = False  # into the new vectors' memory
         self._updating = threading.Lock()
-        self._known: _folder.Known = {}  # its own last state in the folders it was loaded from or saved to
+        self._known: folders.Known = {}  # its own last state in the folders it was loaded from or saved to
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy shares no lock, and must not write into new vectors that it may share.
@@ -181,7 +182,7 @@ class MixedGallery:
                 parts.append(Segment(query, keys, None if every else rows, self._scale[s], self._offset[s]))
                 used.append(names[s])
         k = _checks.positive_int("k", k)
-        native = all([_checks.takes_native(self._backend, part.query) for part in parts])
+        native = all([_checks.use_native(self._backend, part.query) for part in parts])
         packed: list[Tensor] = []
         one_dtype = all(part.keys.dtype == part.query.dtype for part in parts)
         if native and one_dtype and not self._old.is_cuda:
@@ -191,7 +192,7 @@ class MixedGallery:
             ids = self._ids.of_row[ids]
         if singles[0]:
             scores, ids = scores[0], ids[0]
-        found: tuple[Array, Array] = _checks.give_back(
+        found: tuple[Array, Array] = _checks.like_input(
             (scores, ids), query_new if query_old is None else query_old
         )
         return found
@@ -257,7 +258,7 @@ class MixedGallery:
         """
         wanted = _inputs.rows("order", order, None, "ids")
         done = self._state.backfilled[self._rows("order", wanted)].to(wanted.device)
-        left = _checks.give_back((wanted[~done],), order)[0]
+        left = _checks.like_input((wanted[~done],), order)[0]
         return self._batches(left, embed, _checks.positive_int("batch", batch))
 
     def _batches(self, ids: Any, embed: Callable[[Any], Given], batch: int) -> Iterator[float]:
@@ -291,7 +292,7 @@ class MixedGallery:
                 arrays["ids"] = self._ids.of_row[:-1]
             return arrays, {"metric": self._metric, "scale": self._scale, "offset": self._offset}
 
-        _folder.save(Path(path), FORMAT, contents, CONSTANT, self._known)
+        folders.save(Path(path), FORMAT, contents, CONSTANT, self._known)
 
     @classmethod
     def load(
@@ -318,12 +319,12 @@ class MixedGallery:
         """
         _checks.choice("backend", backend, _checks.BACKENDS)
         folder = Path(path)
-        arrays, values, known = _folder.load(folder, FORMAT, None if verify else READ)
+        arrays, values, known = folders.load(folder, FORMAT, None if verify else READ)
         values |= {name: array.to(device) for name, array in arrays.items()}
         try:
             gallery = cls(**values, backend=backend)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"`path`: `{folder / _folder.MANIFEST}` is damaged ({error})") from error
+            raise ValueError(f"`path`: `{folder / folders.MANIFEST}` is damaged ({error})") from error
         gallery._may_write = True  # into private copies of the file's pages
         gallery._known = known
         return gallery

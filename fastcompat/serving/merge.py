@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _inputs
-from .functional import Array
+from .. import _checks, _inputs
+from ..functional import Array
 
 METHODS = ("score", "rrf", "zscore", "minmax")
 RRF_CONSTANT = 60
@@ -85,7 +85,7 @@ def merge_topk(
     ids = F.pad(item_id.gather(1, place)[:, :k], missing, value=-1)
     if single:
         scores, ids = scores[0], ids[0]
-    merged: tuple[Array, Array] = _checks.give_back((scores, ids), results[0][0])
+    merged: tuple[Array, Array] = _checks.like_input((scores, ids), results[0][0])
     return merged
 
 

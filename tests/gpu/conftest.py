@@ -1,4 +1,4 @@
-"""Tests that need a GPU: `pytest tests/cuda`. `--device cpu` tries those that any device can run."""
+"""Tests that need a GPU: `pytest tests/gpu`. `--device cpu` tries those that any device can run."""
 
 from __future__ import annotations
 
