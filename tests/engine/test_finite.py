@@ -1,5 +1,8 @@
-"""Finite inputs never give NaN, and padding never counts: keys in the order of their classes, so that whole blocks,
-splits and items have no negative or no positive; logits far below and above zero; truth in float64."""
+"""Finite inputs never give NaN, and padding never counts.
+
+Keys lie in the order of their classes, so that blocks, splits and items have no negative, or no positive;
+logits are far below and above zero; truth is float64.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import pytest
 import torch
 from engine.truth import EPSILON, Problem
 
-from fastcompat import _autograd
+from fastcompat import _autograd, functional
 from fastcompat.reference import SoftmaxProblem
 
 # Around the rows of a packed block (96 or 112) and the smallest part of a split (512).
@@ -52,14 +55,11 @@ def exact(p: Problem):
     """The eager expression; sets that are empty, and keys of bias -inf, send nothing."""
     z = p.scale * (p.query @ p.keys.T) + p.bias
     pos, neg = (mask & (z != -torch.inf) for mask in p.members())
-    lse = [
-        torch.where(
-            m.any(1),
-            z.masked_fill(~m, -torch.inf).masked_fill(~m.any(1)[:, None], 0).logsumexp(1),
-            -torch.inf,
-        )
-        for m in (neg, pos)
-    ]
+    lse = []
+    for members in (neg, pos):
+        some = members.any(1)
+        chosen = z.masked_fill(~members, -torch.inf).masked_fill(~some[:, None], 0)
+        lse.append(torch.where(some, chosen.logsumexp(1), -torch.inf))
     return (*lse, z.masked_fill(~pos, 0).sum(1), pos.sum(1))
 
 
@@ -158,7 +158,7 @@ def test_losses(columns, sets, wanted):
             ]
             neg, pos, _, count = exact(double)
             each = torch.where(count > 0, neg - torch.where(count > 0, pos, 0), -torch.inf)
-            truth = F_softplus(each).sum() / max(1, int((count > 0).sum()))
+            truth = softplus(each).sum() / max(1, int((count > 0).sum()))
             assert not loss.isnan() and not any(g.isnan().any() for g in grads)
             size = 1 + p.largest_logit() if level == -torch.inf else 1 + p.largest_logit() + abs(level)
             assert abs(loss.item() - truth.item()) <= 4 * EPSILON * (size + abs(truth.item()))
@@ -169,5 +169,21 @@ def test_losses(columns, sets, wanted):
                 assert (mine - right).abs().max() <= 8 * EPSILON * size * (1 + right.abs().max())
 
 
-def F_softplus(x: torch.Tensor) -> torch.Tensor:
+def softplus(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 40, x, torch.log1p(x.clamp(max=40).exp()))
+
+
+@pytest.mark.parametrize("arrives", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_row_without_positives_has_a_zero_gradient_whatever_arrives_at_the_loss(backend, keep, arrives):
+    query, keys = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    for normalize in (True, False):
+        for positive in (torch.tensor([3, -1, 0, -1]), torch.full((4,), -1)):
+            loss = functional.contrastive_loss(
+                query, keys, positive=positive, temperature=0.5, normalize=normalize, backend=backend
+            )
+            dquery, dkeys = torch.autograd.grad(loss, (query, keys), torch.tensor(arrives), retain_graph=keep)
+            assert dquery[positive < 0].eq(0).all()
+            assert not dquery[positive >= 0].isfinite().any()
+            assert dkeys.eq(0).all() or (positive >= 0).any()
