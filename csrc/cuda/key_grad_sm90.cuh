@@ -49,7 +49,7 @@ struct KeyCoefficients {
     c.g_neg = empty ? 0.0f : grads.g_neg[query] * power;
     lse = in && (grads.g_pos || grads.g_sum) ? grads.pos_lse[query] : -CUDART_INF_F;
     empty = lse == -CUDART_INF_F;
-    c.pos_lse = empty || !grads.g_pos ? CUDART_INF_F : lse * kLog2E;
+    c.pos_lse = empty ? CUDART_INF_F : lse * kLog2E;
     c.g_pos = empty || !grads.g_pos ? 0.0f : grads.g_pos[query] * power;
     c.g_sum = empty || !grads.g_sum ? 0.0f : grads.g_sum[query] * power;
     const int64_t label = in && pairs.query_labels ? pairs.query_labels[query] : -1;
@@ -75,6 +75,7 @@ struct KeyCoefficients {
                                        const int* flags) const {
     exponentials(s, r, 1.0f, seen, columns, flags);
   }
+  // Exponents are cut off at 0: log-sum-exps were rounded on their way here, which huge logits would notice.
   template <int R>
   __device__ __forceinline__ void exponentials(float (&s)[R], const Rows& r, float, Seen& seen, const Column* columns,
                                                const int* flags) const {
@@ -96,7 +97,7 @@ struct KeyCoefficients {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             float& x = s[4 * j + 2 * h + e];
-            x = g * exp2_unit(fmaf(x, r.scale, -lse));
+            x = g * exp2_unit(at_most_0(fmaf(x, r.scale, -lse)));
           }
         }
     }
@@ -144,7 +145,9 @@ struct KeyCoefficients {
     for (int i = 0; i < R; ++i) {
       const Column& c = columns[i / 4 * 8 + (i & 1)];
       const bool p = positive(i);
-      s[i] = fmaf(p ? c.g_pos : c.g_neg, exp2_unit(s[i]), p ? c.g_sum : 0.0f);
+      // A key of bias -inf never counts, and an empty set's gradients are 0.
+      const float sum = p && s[i] != -CUDART_INF_F ? c.g_sum : 0.0f;
+      s[i] = fmaf(p ? c.g_pos : c.g_neg, exp2_unit(at_most_0(s[i])), sum);
     }
     __syncwarp();
 #pragma unroll

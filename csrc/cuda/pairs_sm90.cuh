@@ -33,6 +33,16 @@ __device__ __forceinline__ float clamp(float x, float low, float high) {
 #endif
 }
 
+// NaN stays NaN.
+__device__ __forceinline__ float at_most_0(float x) {
+#if CUDA_ON_CPU
+  return x > 0.0f ? 0.0f : x;
+#else
+  asm("min.NaN.f32 %0, %0, 0f00000000;" : "+f"(x));
+  return x;
+#endif
+}
+
 // 2^x by multiply-adds alone, relative error 3e-7; 0 for -inf, infinity from 128 on. The unit for exponentials gives 16
 // results a cycle, which is all that the matrix unit leaves time for when D is small: some are computed here instead.
 __device__ __forceinline__ float exp2_polynomial(float x) {
@@ -276,7 +286,7 @@ struct LogSumExp {
         const int h = i / 2 & 1, column = i / 4 * 8 + (i & 1);
         const Column& c = columns[column + t2];
         s[i] = fmaf(s[i], r.scale, c.bias);
-        const bool hit = same(h, c) && column != exclude[h];
+        const bool hit = same(h, c) && column != exclude[h] && s[i] != -CUDART_INF_F;
         top[h] = hit ? fmaxf(top[h], s[i]) : top[h];
         some |= hit;
       }
@@ -287,7 +297,7 @@ struct LogSumExp {
 #pragma unroll
         for (int i = 0; i < R; ++i) {
           const int h = i / 2 & 1, column = i / 4 * 8 + (i & 1);
-          const bool hit = same(h, columns[column + t2]) && column != exclude[h];
+          const bool hit = same(h, columns[column + t2]) && column != exclude[h] && s[i] != -CUDART_INF_F;
           sum[h] += hit ? exp2_unit(s[i] - top[h]) : 0.0f;
           total[h] += hit ? s[i] : 0.0f;
           found[h] += hit;
