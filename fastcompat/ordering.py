@@ -102,7 +102,9 @@ def _uncertainty(query: Tensor, keys: Tensor, kind: str, scale: float | Tensor, 
     if kind == "least_confidence":
         return rest
     if kind == "margin":
-        second: Tensor = scale * (best[:, 1] - best[:, 0]) - torch.logaddexp(neg, pos)  # log p(2), -inf of one class alone
+        second: Tensor = scale * (best[:, 1] - best[:, 0]) - torch.logaddexp(
+            neg, pos
+        )  # log p(2), -inf of one class alone
         return rest + second.exp()
     most = math.log(max(1, len(keys) - 1))
     among_others = (neg - (query.double() * mean).sum(1)).clamp(0, most)  # of one class alone: -inf

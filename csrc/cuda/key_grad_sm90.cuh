@@ -49,7 +49,7 @@ struct KeyCoefficients {
     c.g_neg = empty ? 0.0f : grads.g_neg[query] * power;
     lse = in && (grads.g_pos || grads.g_sum) ? grads.pos_lse[query] : -CUDART_INF_F;
     empty = lse == -CUDART_INF_F;
-    c.pos_lse = empty ? CUDART_INF_F : lse * kLog2E;
+    c.pos_lse = empty || !grads.g_pos ? CUDART_INF_F : lse * kLog2E;
     c.g_pos = empty || !grads.g_pos ? 0.0f : grads.g_pos[query] * power;
     c.g_sum = empty || !grads.g_sum ? 0.0f : grads.g_sum[query] * power;
     const int64_t label = in && pairs.query_labels ? pairs.query_labels[query] : -1;
@@ -120,8 +120,7 @@ struct KeyCoefficients {
       const int64_t row = r.row + 8 * h;
       if (row >= pairs.keys) continue;
       if (pairs.bias) bias[h] = pairs.bias[row] * kLog2E;
-      if (!pairs.key_labels) continue;
-      const int64_t own = pairs.key_labels[row];
+      const int64_t own = pairs.key_label(row);
       labelled[h] = own >= 0;
       label[h][0] = static_cast<uint32_t>(own);
       label[h][1] = static_cast<uint32_t>(own >> 32);
@@ -145,9 +144,7 @@ struct KeyCoefficients {
     for (int i = 0; i < R; ++i) {
       const Column& c = columns[i / 4 * 8 + (i & 1)];
       const bool p = positive(i);
-      // A key of bias -inf never counts, and an empty set's gradients are 0.
-      const float sum = p && s[i] != -CUDART_INF_F ? c.g_sum : 0.0f;
-      s[i] = fmaf(p ? c.g_pos : c.g_neg, exp2_unit(at_most_0(s[i])), sum);
+      s[i] = fmaf(p ? c.g_pos : c.g_neg, exp2_unit(at_most_0(s[i])), p ? c.g_sum : 0.0f);
     }
     __syncwarp();
 #pragma unroll

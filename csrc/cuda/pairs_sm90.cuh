@@ -99,6 +99,10 @@ struct Pairs {
     valid &= j >= -1 && j < keys;
     return j < 0 || j >= keys ? -1 : static_cast<int>(j);
   }
+  // A key that never counts has no label: it is a negative of probability 0.
+  __device__ int64_t key_label(int64_t key) const {
+    return key_labels && !(bias && bias[key] == -CUDART_INF_F) ? key_labels[key] : -1;
+  }
   __device__ bool bad_index(const int64_t* list, int64_t query) const {
     return list && (list[query] < -1 || list[query] >= keys);
   }
@@ -159,7 +163,7 @@ struct LogSumExp {
   // Returns whether the column needs the slow path in this block's rows.
   __device__ bool fill(Column& column, int key, int /*row0*/, int /*rows*/) const {
     const bool in = key < pairs.keys;
-    const int64_t label = in && pairs.key_labels ? pairs.key_labels[key] : -1;
+    const int64_t label = in ? pairs.key_label(key) : -1;
     column.label[0] = static_cast<uint32_t>(label);
     column.label[1] = static_cast<uint32_t>(label >> 32);
     column.bias = in && pairs.bias ? pairs.bias[key] * kLog2E : 0.0f;
@@ -286,7 +290,7 @@ struct LogSumExp {
         const int h = i / 2 & 1, column = i / 4 * 8 + (i & 1);
         const Column& c = columns[column + t2];
         s[i] = fmaf(s[i], r.scale, c.bias);
-        const bool hit = same(h, c) && column != exclude[h] && s[i] != -CUDART_INF_F;
+        const bool hit = same(h, c) && column != exclude[h];
         top[h] = hit ? fmaxf(top[h], s[i]) : top[h];
         some |= hit;
       }
@@ -297,7 +301,7 @@ struct LogSumExp {
 #pragma unroll
         for (int i = 0; i < R; ++i) {
           const int h = i / 2 & 1, column = i / 4 * 8 + (i & 1);
-          const bool hit = same(h, columns[column + t2]) && column != exclude[h] && s[i] != -CUDART_INF_F;
+          const bool hit = same(h, columns[column + t2]) && column != exclude[h];
           sum[h] += hit ? exp2_unit(s[i] - top[h]) : 0.0f;
           total[h] += hit ? s[i] : 0.0f;
           found[h] += hit;
