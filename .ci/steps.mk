@@ -47,8 +47,8 @@ wheel-without-gpu: cuda-wheel tests
 	.venv-wheel/bin/fastcompat info
 	best=$$(cd build && ../.venv-wheel/bin/python -c 'import fastcompat; assert fastcompat.build_info()["cuda"]
 	assert "no NVIDIA driver" in fastcompat._native._C.cuda.unusable(0); print(fastcompat.build_info()["simd"])')
-	.venv-wheel/bin/python -m pytest tests/package/test_install.py
-	.venv-wheel/bin/python -m pytest tests/engine/test_topk.py tests/engine/test_softmax_stats.py -k "$$best"
+	.venv-wheel/bin/python .venv-test/bin/pytest tests/package/test_install.py
+	.venv-wheel/bin/python .venv-test/bin/pytest tests/engine/test_topk.py tests/engine/test_softmax_stats.py -k "$$best"
 
 # AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:
