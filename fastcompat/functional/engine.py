@@ -38,7 +38,8 @@ def softmax_stats(
         query: [B, D].
         keys: [N, D]; mixed dtypes are promoted.
         scale: a float or a 0-dim tensor that may want a gradient.
-        bias: float32 [N].
+        bias: float32 [N]; a key of bias -inf is in no set (padding). Logits must be finite in float32:
+            beyond 1e38 (on GPUs) or 3.4e38 they act as infinities, with NaN gradients as in torch.
         query_labels: int64 [B], together with `key_labels`.
         key_labels: int64 [N].
         positive: int64 [B], a key number or -1.
