@@ -3,12 +3,12 @@
 from . import functional, losses
 from ._native import VERSION as __version__
 from ._native import build_info
+from ._types import SoftmaxStats
 from .functional import ranks, softmax_stats, topk
 from .judging.curve import BackfillCurve, backfill_curve
 from .judging.metrics import RetrievalMetrics, retrieval_metrics
 from .judging.uncertainty import uncertainty
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
-from .reference import SoftmaxStats
 from .serving.gallery import MixedGallery
 from .serving.merge import merge_topk
 from .serving.mixed_topk import mixed_topk

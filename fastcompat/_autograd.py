@@ -1,8 +1,8 @@
 """Gradients around the native softmax statistics.
 
 d neg_lse_i / d q_i = scale * mean_i, with mean_i the softmax-weighted mean key of the negatives: the forward
-pass already knows it, so the query's gradient costs no second pass over the keys. Keys or a bias that want a
-gradient cost one key-stationary pass.
+pass already knows it, so the query's gradient costs no second pass over the keys. Keys or a bias that require
+grad cost one key-stationary pass.
 
 The loss `mean or sum of log(1 + exp(neg_lse - pos_lse))` is one number, so its gradients are known up to a
 factor as soon as it is: one call computes both.
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from . import _checks, _ops, _torch_hooks
-from ._loss_parts import UnitRows, exactly, normalised
-from .reference import SoftmaxProblem, SoftmaxStats
+from ._autocast import runs_exactly
+from ._normalise import UnitRows, normalised
+from ._types import SoftmaxOperands, SoftmaxProblem, SoftmaxStats
 
+_by_operand: Any = SoftmaxOperands  # the same names for what is saved, wanted or found of each operand
+_NO_GRADIENTS = _by_operand(*(None,) * len(SoftmaxOperands._fields))
 _TWICE = (
     "fastcompat's native kernels have no second derivative; call the function with "
     'backend="reference" to differentiate twice'
@@ -41,55 +44,41 @@ def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
 
 class _SoftmaxStats(torch.autograd.Function):
     @staticmethod
-    @exactly
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        keys: Tensor,
-        scale: float,
-        scale_tensor: Tensor | None,
-        bias: Tensor | None,
-        query_labels: Tensor | None,
-        key_labels: Tensor | None,
-        positive: Tensor | None,
-        exclude: Tensor | None,
-        want_mean: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        indices = (query_labels, key_labels, positive, exclude)
-        neg_lse, pos_lse, pos_sum, pos_count, mean = _ops.softmax_stats(
-            query, keys, scale, scale_tensor, bias, *indices, want_mean
-        )
-        ctx.scale = scale
+    @runs_exactly
+    def forward(ctx: Any, want_mean: bool, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        neg_lse, pos_lse, pos_sum, pos_count, mean = _ops.softmax_stats(*operands, want_mean)
+        ctx.scale = SoftmaxOperands(*operands).scale
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pos_count)
-        _save(ctx, query, keys, scale_tensor, bias, *indices, neg_lse, pos_lse, mean)
+        _save(ctx, *_by_operand(*operands)._replace(scale=None), neg_lse, pos_lse, mean)
         return neg_lse, pos_lse, pos_sum, pos_count
 
     @staticmethod
-    @exactly
+    @runs_exactly
     def backward(
         ctx: Any, grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         saved = _saved(ctx)
-        query, keys, scale_tensor, bias, *indices, neg_lse, pos_lse, mean = saved
-        want_query, want_keys, _, want_scale, want_bias, *_ = ctx.needs_input_grad
+        *operands, neg_lse, pos_lse, mean = saved
+        problem = _by_operand(*operands)._replace(scale=ctx.scale)
+        want = _by_operand(*ctx.needs_input_grad[1:])
         grads = (grad_neg, grad_pos, grad_sum)
         if all(grad is None for grad in grads):
-            return (None,) * 10
-        problem = (query, keys, ctx.scale, scale_tensor, bias, *indices, neg_lse, pos_lse)
+            return None, *_NO_GRADIENTS
         dquery = dkeys = dscale = dbias = None
         with torch.no_grad():
-            if want_query or want_scale:
-                dquery, by_row = _ops.softmax_query_grad(*problem, mean, *grads)
-                dquery = dquery if want_query else None
-                dscale = ctx.scale * by_row.sum() if want_scale else None
-            if want_keys or want_bias:
-                dkeys, dbias = _ops.softmax_key_grad(*problem, *grads, want_keys, want_bias)
-                dkeys, dbias = dkeys if want_keys else None, dbias if want_bias else None
+            if want.query or want.scale_tensor:
+                dquery, by_row = _ops.softmax_query_grad(*problem, neg_lse, pos_lse, mean, *grads)
+                dquery = dquery if want.query else None
+                dscale = ctx.scale * by_row.sum() if want.scale_tensor else None
+            if want.keys or want.bias:
+                wanted = (want.keys, want.bias)
+                dkeys, dbias = _ops.softmax_key_grad(*problem, neg_lse, pos_lse, *grads, *wanted)
+                dkeys, dbias = dkeys if want.keys else None, dbias if want.bias else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = (dquery, dkeys, dscale, dbias)
             dquery, dkeys, dscale, dbias = _NoDoubleBackward.apply(*found, *saved, *grads)  # type: ignore[no-untyped-call]
-        return (dquery, dkeys, None, dscale, dbias, None, None, None, None, None)
+        return None, *_NO_GRADIENTS._replace(query=dquery, keys=dkeys, scale_tensor=dscale, bias=dbias)
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -106,7 +95,7 @@ class _NoDoubleBackward(torch.autograd.Function):
 
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
-    @exactly
+    @runs_exactly
     def forward(ctx: Any, query: Tensor, keys: Tensor, rest: tuple[Any, ...], eps: float | None) -> Tensor:
         loss: Tensor
         if eps is not None:  # normalise first
@@ -124,7 +113,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @exactly
+    @runs_exactly
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, dquery, dkeys = ctx.saved_tensors
         readable = _checks.values_readable(grad) and not _torch_hooks.stacked(grad)
@@ -134,7 +123,7 @@ class _SoftmaxLoss(torch.autograd.Function):
                 for found in (dquery, dkeys):
                     nothing = None if math.isfinite(number) else found == 0
                     found.mul_(number)
-                    if nothing is not None:  # what takes no part sends nothing, whatever arrives
+                    if nothing is not None:  # what is ignored has a zero gradient, whatever arrives
                         found.masked_fill_(nothing, 0)
         else:
             with torch.no_grad():
@@ -145,29 +134,29 @@ class _SoftmaxLoss(torch.autograd.Function):
         return (dquery if want_query else None, dkeys if want_keys else None, None, None)
 
 
-def _wants_grad(value: float | Tensor | None) -> bool:
+def _requires_grad(value: float | Tensor | None) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _arguments(problem: SoftmaxProblem) -> tuple[Any, ...]:
-    """The nine arguments that describe a softmax problem, as the operators take them."""
+def _operands(problem: SoftmaxProblem) -> SoftmaxOperands:
+    """A softmax problem as the operators take it."""
     _checks.no_transforms()
     query, keys, scale, *rest = problem
     factor, scale_tensor = (1.0, scale.float()) if isinstance(scale, Tensor) else (scale, None)
-    arguments = (query, keys, factor, scale_tensor, *rest)
+    operands = SoftmaxOperands(query, keys, factor, scale_tensor, *rest)
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
         # Dynamo refuses one tensor in two places (one label vector for both sides): pass views.
-        arguments = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in arguments)
-    return arguments
+        operands = _by_operand(*(x.view_as(x) if isinstance(x, Tensor) else x for x in operands))
+    return operands
 
 
 def softmax_stats(problem: SoftmaxProblem) -> SoftmaxStats:
     """The native statistics, differentiable once in query, keys, scale and bias."""
-    arguments = _arguments(problem)
-    want_mean = problem.query.requires_grad or _wants_grad(problem.scale)
-    if torch.is_grad_enabled() and (want_mean or problem.keys.requires_grad or _wants_grad(problem.bias)):
-        return SoftmaxStats(*_SoftmaxStats.apply(*arguments, want_mean))  # type: ignore[no-untyped-call]
-    return SoftmaxStats(*_ops.softmax_stats(*arguments, False)[:4])
+    operands = _operands(problem)
+    want_mean = problem.query.requires_grad or _requires_grad(problem.scale)
+    if torch.is_grad_enabled() and (want_mean or problem.keys.requires_grad or _requires_grad(problem.bias)):
+        return SoftmaxStats(*_SoftmaxStats.apply(want_mean, *operands))  # type: ignore[no-untyped-call]
+    return SoftmaxStats(*_ops.softmax_stats(*operands, False)[:4])
 
 
 def fuses(problem: SoftmaxProblem) -> bool:
@@ -175,7 +164,7 @@ def fuses(problem: SoftmaxProblem) -> bool:
     return (
         problem.query.device.type == "cpu"
         and problem.query.dtype != torch.float16
-        and not (_wants_grad(problem.scale) or _wants_grad(problem.bias))
+        and not (_requires_grad(problem.scale) or _requires_grad(problem.bias))
     )
 
 
@@ -185,7 +174,7 @@ def softmax_loss(problem: SoftmaxProblem, mean: bool, eps: float | None = None) 
     With `eps` query and keys are float32 and are normalised first: divided by their norms, or by `eps` where
     that is more.
     """
-    query, keys, *rest = _arguments(problem)
+    query, keys, *rest = _operands(problem)
     wanted = (query.requires_grad, keys.requires_grad)
     training = torch.is_grad_enabled() and any(wanted)
     inside = training and _checks.eager()  # one node of the graph instead of three

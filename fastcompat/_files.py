@@ -129,7 +129,7 @@ def read_file(path: AnyPath) -> bytes:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder against the other writers that do so; the system lets go of it when its holder dies."""
     if fcntl is None:
-        from filelock import FileLock  # torch brings it
+        from filelock import FileLock  # a dependency of torch
 
         with FileLock(folder / ".lock"):
             yield

@@ -1,4 +1,4 @@
-"""Vectors, labels, row numbers, ids and masks out of what users bring: one adapter for every function.
+"""Vectors, labels, row numbers, ids and masks out of what users pass in: one adapter for every function.
 
 Tensors, NumPy arrays, lists, columns of data frames and `.npy` files become the tensors that the engine
 takes. What could mean two things is refused, with advice in the language of what came. What is no tensor has

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._torch_hooks import constant_when_compiled
+from ._types import SoftmaxOperands, split_operands
 
 try:
     from . import _C  # type: ignore[attr-defined,unused-ignore]
@@ -117,7 +118,7 @@ class _Call:
     def __init__(self, query: Tensor) -> None:
         self.device, self.dtype = query.device, query.dtype
         self.gpu = query.is_cuda
-        self.kept: list[Tensor] = []
+        self.alive: list[Tensor] = []  # copies and scratch
         self.scale_factor = 0  # address of a number on the GPU that multiplies the scale
 
     def run(self, kernel: str, *arguments: Any) -> None:
@@ -160,7 +161,7 @@ class _Call:
         self.here(x)
         if x.is_neg() or not x.is_contiguous():
             x = x.resolve_neg().contiguous()
-            self.kept.append(x)
+            self.alive.append(x)
         return x.data_ptr() or self.no_memory(x)
 
     def no_memory(self, x: Tensor) -> int:
@@ -173,7 +174,7 @@ class _Call:
                 f"{list(x.shape)} on {x.device} without any (a fake, functional or meta tensor?); call the "
                 'function with backend="reference"'
             )
-        self.kept.append(zeros := x.clone())
+        self.alive.append(zeros := x.clone())
         return zeros.data_ptr()
 
     def here(self, x: Tensor) -> None:
@@ -185,13 +186,13 @@ class _Call:
         # The kernels take any row stride, but neighbours within a row must be neighbours in memory.
         if x.is_neg() or (x.stride(1) != 1 and x.shape[1] > 1):
             x = x.resolve_neg().contiguous()  # torch negates a view when it is read, a kernel does not
-            self.kept.append(x)
+            self.alive.append(x)
         return x
 
-    def problem(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        """The nine arguments that describe a softmax problem, in the order of the operators' schemas."""
-        query, keys, scale, scale_tensor, *vectors = arguments
-        query, keys = self.rows(query), self.rows(keys)
+    def problem(self, given: SoftmaxOperands) -> tuple[Any, ...]:
+        """A softmax problem as the native module reads it."""
+        query, keys = self.rows(given.query), self.rows(given.keys)
+        scale, scale_tensor = given.scale, given.scale_tensor
         if scale_tensor is not None and self.gpu and scale_tensor.device == self.device:
             self.scale_factor = self.flat(scale_tensor)  # read on the GPU, so that nobody waits for it
         elif scale_tensor is not None:
@@ -207,9 +208,11 @@ class _Call:
             query.stride(0),
             keys.stride(0),
             scale,
-            *[
-                0 if x is None else self.flat(x) for x in vectors
-            ],  # bias, query_labels, key_labels, positive, exclude
+            self.flat(given.bias),
+            self.flat(given.query_labels),
+            self.flat(given.key_labels),
+            self.flat(given.positive),
+            self.flat(given.exclude),
         )
 
     def segment(
@@ -223,7 +226,7 @@ class _Call:
     ) -> tuple[Any, ...]:
         if query.shape[1] == 0:  # a column of zeros scores the same
             query, keys = (x.new_zeros(len(x), 1) for x in (query, keys))
-            self.kept += [query, keys]
+            self.alive += [query, keys]
         query, keys = self.rows(query), self.rows(keys)
         return (
             query.data_ptr() or self.no_memory(query),
@@ -243,20 +246,20 @@ class _Call:
 
 
 def pack(keys: Tensor, rows: Tensor | None, metric: str) -> Tensor:
-    """The keys (these rows) as `topk` wants them on this instruction set; empty where it wants none."""
+    """The keys (these rows) in the form that `topk` reads on this instruction set; empty if it has none."""
     call = _Call(keys)
     segment = call.segment(keys[:0], keys, rows)
     size = 0 if call.gpu else _C.packed_size(segment, METRICS.index(metric))
-    kept = keys.new_empty(size, dtype=torch.float32)
-    if kept.numel():
-        call.run("pack", segment, METRICS.index(metric), kept.data_ptr())
-    return kept
+    packed = keys.new_empty(size, dtype=torch.float32)
+    if packed.numel():
+        call.run("pack", segment, METRICS.index(metric), packed.data_ptr())
+    return packed
 
 
 def softmax_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `fastcompat::softmax_stats`."""
-    *problem, want_mean = arguments
-    query = problem[0]
+    problem, (want_mean,) = split_operands(arguments)
+    query = problem.query
     call = _Call(query)
     rows, dim = query.shape
     neg_lse, pos_lse, pos_sum = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
@@ -277,8 +280,8 @@ def softmax_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 def softmax_query_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The op `fastcompat::softmax_query_grad`."""
-    problem, vectors = arguments[:9], arguments[9:]  # neg_lse, pos_lse, mean, three gradients
-    query = problem[0]
+    problem, vectors = split_operands(arguments)  # neg_lse, pos_lse, mean, three gradients
+    query = problem.query
     call = _Call(query)
     dquery = query.new_empty(query.shape)
     dscale = query.new_empty(query.shape[0], dtype=torch.float32)
@@ -294,8 +297,8 @@ def softmax_query_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def softmax_key_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The op `fastcompat::softmax_key_grad`."""
-    problem, vectors, (want_keys, want_bias) = arguments[:9], arguments[9:-2], arguments[-2:]
-    keys = problem[1]
+    problem, (*vectors, want_keys, want_bias) = split_operands(arguments)
+    keys = problem.keys
     call = _Call(keys)
     rows, dim = keys.shape
     dkeys = keys.new_empty((rows if want_keys else 0, dim))
@@ -312,8 +315,8 @@ def softmax_key_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def softmax_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op `fastcompat::softmax_loss`."""
-    *problem, mean, want_query, want_keys = arguments
-    query, keys = problem[:2]
+    problem, (mean, want_query, want_keys) = split_operands(arguments)
+    query, keys = problem.query, problem.keys
     call = _Call(query)
     loss = query.new_empty((), dtype=torch.float32)
     dquery, dkeys = (
@@ -348,8 +351,8 @@ def topk(
     """The op `fastcompat::topk`."""
     call = _Call(query[0])
     every: Sequence[Tensor | None] = rows or [None] * len(keys)
-    kept: Sequence[Tensor | None] = packed or [None] * len(keys)
-    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, kept, strict=True)]
+    forms: Sequence[Tensor | None] = packed or [None] * len(keys)
+    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, forms, strict=True)]
     count = query[0].shape[0]
     scores = query[0].new_empty((count, k), dtype=torch.float32)
     ids = query[0].new_empty((count, k), dtype=torch.int64)

@@ -6,17 +6,16 @@ None of them is differentiable by itself; `_autograd` puts the gradient around t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import _native, _operands, _torch_hooks
+from ._types import SoftmaxOperands
 
-_PROBLEM = (
-    "Tensor query, Tensor keys, float scale, Tensor? scale_tensor, Tensor? bias, Tensor? query_labels, "
-    "Tensor? key_labels, Tensor? positive, Tensor? exclude"
-)
+_KINDS = {Tensor: "Tensor", float: "float", Tensor | None: "Tensor?"}
+_PROBLEM = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in get_type_hints(SoftmaxOperands).items())
 _SCHEMAS = (
     f"softmax_stats({_PROBLEM}, bool want_mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"softmax_query_grad({_PROBLEM}, Tensor neg_lse, Tensor pos_lse, Tensor mean, Tensor? grad_neg, "
@@ -81,7 +80,8 @@ for _schema in _SCHEMAS:
 
 
 @torch.library.register_fake("fastcompat::softmax_stats")
-def _(query, keys, scale, scale_tensor, bias, query_labels, key_labels, positive, exclude, want_mean):  # type: ignore[no-untyped-def]
+def _(query, *rest):  # type: ignore[no-untyped-def]
+    want_mean = rest[-1]
     rows, dim = query.shape
     vector = [query.new_empty(rows, dtype=torch.float32) for _ in range(3)]
     count = query.new_empty(rows, dtype=torch.int64)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks, _search, reference
-from . import _loss_parts as parts
-from .functional import Array
-from .reference import Segment
+from . import _checks, _search
+from ._autocast import exactly
+from ._normalise import normalised
+from ._types import Array, Segment
 
 _BLOCK = 2**24  # numbers in the largest temporary of a blockwise computation (64 MiB in float32)
 
@@ -81,7 +81,7 @@ class RunningPrototypes:
         _checks.columns("features", features, "earlier features", self._sums)
         rows = max(1, _BLOCK // max(1, features.shape[1]))
         for x, y in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
-            self._sums.index_add_(0, y[y >= 0], parts.normalised(x[y >= 0], self.eps).double())
+            self._sums.index_add_(0, y[y >= 0], normalised(x[y >= 0], self.eps).double())
 
     def prototypes(self) -> Tensor:
         """The prototypes [C, D] of everything added so far; a class without a sample is a zero row."""
@@ -212,10 +212,7 @@ def odpp(
     if batch is not None:
         _checks.positive_int("batch", batch)
     old, new = _pair(old_prototypes, new_prototypes)
-    try:
-        reference.refuse_nonfinite(old, new)
-    except _checks.NonFiniteError as error:
-        _checks.refuse_nonfinite(error, (("old_prototypes", "new_prototypes"),))
+    _search.refuse_nonfinite(old, new, ("old_prototypes", "new_prototypes"))
     present = old.any(1).nonzero()[:, 0]
     old_known, new_known = old[present], new[present]
     classes = len(present)
@@ -262,7 +259,7 @@ def _push_apart(
 def _hinge_gradient(x: Tensor, others: Tensor, rows: Tensor, threshold: float, both: bool) -> Tensor:
     """d/dx [C, D] of the sum over i in rows, j != i of one hinge; with `both`, through `others = x` too."""
     grad = torch.zeros_like(x)
-    with reference.exactly(x):
+    with exactly(x):
         for i in torch.split(rows, max(1, _BLOCK // x.shape[0])):
             own = torch.arange(len(i), dtype=torch.int64, device=i.device)
             close = (x[i] @ others.T > threshold).to(x.dtype)  # [block, C]
@@ -278,8 +275,8 @@ def _pair(old_prototypes: Tensor, new_prototypes: Tensor) -> tuple[Tensor, Tenso
     _checks.rows("new_prototypes", new_prototypes, "old_prototypes", old_prototypes)
     dtype = torch.promote_types(old_prototypes.dtype, new_prototypes.dtype)
     old, new = (
-        parts.normalised(old_prototypes.detach().to(dtype)),
-        parts.normalised(new_prototypes.detach().to(dtype)),
+        normalised(old_prototypes.detach().to(dtype)),
+        normalised(new_prototypes.detach().to(dtype)),
     )
     return old, new
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .. import _loss_parts as parts
-from ..reference import SoftmaxProblem
+from .._normalise import common_dtype, matched, normalised, paired_products
+from .._types import SoftmaxProblem
+from . import parts
 from .engine import contrastive, row_stats
 
 
@@ -33,14 +34,14 @@ def bct_loss(
 
     Args:
         new: [B, D_new].
-        labels: int64 [B]; a row with label < 0 or >= C_old takes no part (a class the old model never saw).
+        labels: int64 [B]; a row with label < 0 or >= C_old is ignored (a class the old model never saw).
         old_weight: [C_old, D_old], frozen: it never gets a gradient.
         old_bias: [C_old], frozen.
         scale: None for the plain linear classifier, else the scale of a cosine classifier (a float or 0-dim
             tensor).
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).
-        reduction: "mean" over the rows that take part, "sum", or "none" (the other rows give 0).
+        reduction: "mean" or "sum" over the rows that are not ignored, or "none" (an ignored row gives 0).
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -57,12 +58,12 @@ def bct_loss(
     weight = old_weight.detach()
     shared = min(new.shape[1], weight.shape[1])
     features = new[:, :shared]
-    dtype = parts.common_dtype(features, weight)
+    dtype = common_dtype(features, weight)
     if scale is None:
         scale = 1.0
     else:
         scale = _checks.scalar("scale", scale, "new", new)
-        weight, features = parts.normalised(weight, eps), parts.normalised(features, eps)
+        weight, features = normalised(weight, eps), normalised(features, eps)
     features, weight = features.to(dtype), weight[:, :shared].to(dtype)
     bias = parts.frozen_bias("old_bias", old_bias, "old_weight", weight)
     _checks.warn_negative_labels("labels", labels)
@@ -101,14 +102,14 @@ def prototype_loss(
     Args:
         features: [B, D], the new model's embeddings.
         prototypes: [C, D], frozen: they never get a gradient.
-        labels: int64 [B] below C; a row with a negative label takes no part.
+        labels: int64 [B] below C; a row with a negative label is ignored.
         perturbed: [C, D], frozen; default: `prototypes`.
         perturb_negatives: use `perturbed` for the other classes as well.
-        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
+        temperature: above 0; a float or a 0-dim tensor that may require grad.
         normalize: L2-normalise features and prototypes first.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).
-        reduction: "mean" over the rows that take part, "sum", or "none" (the other rows give 0).
+        reduction: "mean" or "sum" over the rows that are not ignored, or "none" (an ignored row gives 0).
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -130,15 +131,13 @@ def prototype_loss(
     scale = parts.inverse_temperature(temperature, "features", features)
     target = parts.class_targets(labels, prototypes.shape[0])
     columns = (perturbed if perturb_negatives else prototypes).detach()
-    query, keys = parts.matched(features, columns, normalize, eps)
+    query, keys = matched(features, columns, normalize, eps)
     native = _checks.use_native(backend, query)
     problem = SoftmaxProblem(query, keys, scale, positive=target)
     if perturbed is prototypes or perturb_negatives:
         return contrastive(native, problem, "sum_in_log", reduction)
     neg = row_stats(native, problem).neg_lse
-    pos = scale * parts.paired_products(
-        features, parts.class_rows(perturbed.detach(), target), normalize, eps
-    )
+    pos = scale * paired_products(features, parts.class_rows(perturbed.detach(), target), normalize, eps)
     return parts.reduced(parts.log_odds_loss(neg, pos), target >= 0, reduction)
 
 
@@ -170,13 +169,13 @@ def margin_softmax_loss(
     Args:
         features: [B, D].
         weight: [C, D], one row per class; gets a gradient if it requires one.
-        labels: int64 [B] below C; a row with a negative label takes no part.
+        labels: int64 [B] below C; a row with a negative label is ignored.
         kind: "arcface" or "cosface".
-        scale: a float above 0 or a 0-dim tensor that may want a gradient.
+        scale: a float above 0 or a 0-dim tensor that may require grad.
         margin: for "arcface" an angle in radians, 0 to pi; for "cosface" a difference of cosines.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).
-        reduction: "mean" over the rows that take part, "sum", or "none" (the other rows give 0).
+        reduction: "mean" or "sum" over the rows that are not ignored, or "none" (an ignored row gives 0).
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -194,7 +193,7 @@ def margin_softmax_loss(
     if kind == "arcface" and not 0 <= margin <= math.pi:
         raise ValueError(f"`margin` must be an angle of 0 to pi radians: got {margin}")
     target = parts.class_targets(labels, weight.shape[0])
-    query, keys = parts.matched(features, weight, True, eps)
+    query, keys = matched(features, weight, True, eps)
     native = _checks.use_native(backend, query)
     stats = row_stats(native, SoftmaxProblem(query, keys, scale, positive=target))
     cosine = stats.pos_sum / scale  # [B], 0 where there is no positive

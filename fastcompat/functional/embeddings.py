@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
-from .. import _loss_parts as parts
-from ..reference import SoftmaxProblem
+from .._normalise import matched, paired_products, smallest_norm
+from .._types import SoftmaxProblem
+from . import parts
 from .engine import check_sets, contrastive, row_stats
 
 
@@ -41,7 +42,7 @@ def contrastive_loss(
         key_labels: int64 [N].
         positive: int64 [B], a key number or -1.
         exclude: int64 [B], a key number or -1.
-        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
+        temperature: above 0; a float or a 0-dim tensor that may require grad.
         positives: "sum_in_log" or "mean_out".
         normalize: L2-normalise both sides first.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
@@ -50,7 +51,7 @@ def contrastive_loss(
         backend: "auto", "native" or "reference".
 
     Returns:
-        float32, 0-dim or [B]. Without any row that takes part: 0 with a zero gradient.
+        float32, 0-dim or [B]. Without any positive: 0 with a zero gradient.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
@@ -62,10 +63,10 @@ def contrastive_loss(
     scale = parts.inverse_temperature(temperature, "query", query)
     plain = query.dtype == keys.dtype == torch.float32  # may be normalised where the gradient is known
     if not plain:
-        query, keys = parts.matched(query, keys, normalize, eps)
+        query, keys = matched(query, keys, normalize, eps)
     native = _checks.use_native(backend, query)
     problem = SoftmaxProblem(query, keys, scale, None, query_labels, key_labels, positive, exclude)
-    later = parts.smallest_norm(query.dtype, eps) if normalize and plain else None
+    later = smallest_norm(query.dtype, eps) if normalize and plain else None
     return contrastive(native, problem, positives, reduction, later)
 
 
@@ -92,7 +93,7 @@ def simclr_loss(
     Args:
         first: [B, D], one random view of each image.
         second: [B, D], another one.
-        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
+        temperature: above 0; a float or a 0-dim tensor that may require grad.
         normalize: L2-normalise the embeddings first.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).
@@ -160,13 +161,13 @@ def ract_loss(
         key_labels: int64 [N], the bank's labels; needed with a bank.
         key_index: int64 [B], where row i sits among the keys (-1: nowhere); default: its own row without a
             bank, nowhere with one.
-        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
+        temperature: above 0; a float or a 0-dim tensor that may require grad.
         k: how many negatives of each kind; None takes all of them.
         detach_keys: no gradient into `new_keys` (nor into `new` as keys).
         normalize: L2-normalise everything first.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).
-        reduction: "mean", "sum" or "none"; every row takes part.
+        reduction: "mean" or "sum" over all rows, or "none".
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -201,11 +202,11 @@ def ract_loss(
     if key_labels is not labels:
         _checks.warn_negative_labels("key_labels", key_labels)
 
-    pos = scale * parts.paired_products(new, old.detach(), normalize, eps)  # [B]
+    pos = scale * paired_products(new, old.detach(), normalize, eps)  # [B]
     banks = (old_keys.detach(), new_keys.detach() if detach_keys else new_keys)
     negatives = []
     for bank in banks:
-        query, keys = parts.matched(new, bank, normalize, eps)
+        query, keys = matched(new, bank, normalize, eps)
         native = _checks.use_native(backend, query)
         if k is None:
             problem = SoftmaxProblem(query, keys, scale, None, labels, key_labels, exclude=key_index)
@@ -251,8 +252,8 @@ def metric_compatible_loss(
         reverse: [B, D_old], `psi(n)`: the new embeddings mapped into the old space.
         new: [B, D_new], `n` or `rho(n)`.
         old: [B, D_old], the old model's embeddings of the same images; never gets a gradient.
-        labels: int64 [B]; a row with a negative label takes no part, and is a negative of every other row.
-        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
+        labels: int64 [B]; a row with a negative label has no positives, and is a negative of every other row.
+        temperature: above 0; a float or a 0-dim tensor that may require grad.
         positives: "sum_in_log" or "mean_out".
         shared_negatives: False gives each term its own negatives alone (the single-system ablation).
         normalize: L2-normalise everything first.
@@ -281,7 +282,7 @@ def metric_compatible_loss(
     itself = torch.arange(new.shape[0], dtype=torch.int64, device=new.device)
     systems = []
     for query, keys, exclude in ((reverse, old.detach(), None), (new, new, itself)):
-        query, keys = parts.matched(query, keys, normalize, eps)
+        query, keys = matched(query, keys, normalize, eps)
         native = _checks.use_native(backend, query)
         problem = SoftmaxProblem(query, keys, scale, None, labels, labels, exclude=exclude)
         systems.append(row_stats(native, problem))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _autograd, _checks, _inputs, _promoted, _search, reference
-from .. import _loss_parts as parts
-from ..reference import Segment, SoftmaxProblem, SoftmaxStats
-
-Array = TypeVar("Array", Tensor, np.ndarray)
+from .._normalise import matched, normalised
+from .._types import Array, Segment, SoftmaxProblem, SoftmaxStats
+from . import parts
 
 
 def softmax_stats(
@@ -37,7 +33,7 @@ def softmax_stats(
     Args:
         query: [B, D].
         keys: [N, D]; mixed dtypes are promoted.
-        scale: a float or a 0-dim tensor that may want a gradient.
+        scale: a float or a 0-dim tensor that may require grad.
         bias: float32 [N]; a key of bias -inf is in no set (padding). Logits must be finite in float32:
             beyond 1e38 (on GPUs) or 3.4e38 they act as infinities, with NaN gradients as in torch.
         query_labels: int64 [B], together with `key_labels`.
@@ -56,7 +52,7 @@ def softmax_stats(
         RuntimeError: native kernels under torch.func transforms, or differentiated twice.
     """
     _checks.embeddings("keys", keys, "query", query)
-    query, keys = parts.matched(query, keys, False)
+    query, keys = matched(query, keys, False)
     scale = _checks.scalar("scale", scale, "query", query)
     _checks.bias(bias, keys)
     check_sets(query, keys, query_labels, key_labels, positive, exclude)
@@ -175,12 +171,7 @@ def ranks(
     if skipped is not None:
         wanted = wanted.masked_fill(wanted == skipped[:, None], -1)
     x = x.to(q.dtype)
-    score = _search.pair_scores(q, x, wanted, metric, native=native)
-    everything = torch.tensor([0, x.shape[0]], dtype=torch.int64, device=q.device)
-    beaten = _search.count_beats(
-        q, x, None, everything, score, wanted, metric, exclude=skipped, native=native
-    )[:, :, 0]
-    places = beaten.masked_fill(wanted < 0, -1)
+    places = _search.ranks(q, x, wanted, metric, exclude=skipped, native=native)
     result: Array = _checks.like_input((places[0] if single else places,), query)[0]
     return result
 
@@ -224,6 +215,6 @@ def contrastive(
                 parts.warn_without_positives(_autograd.softmax_stats(column).pos_count > 0)
         return loss
     if eps is not None:
-        query, keys = parts.normalised(problem.query, eps), parts.normalised(problem.keys, eps)
+        query, keys = normalised(problem.query, eps), normalised(problem.keys, eps)
         problem = problem._replace(query=query, keys=keys)
     return parts.contrastive_from_stats(row_stats(native, problem), positives, reduction)

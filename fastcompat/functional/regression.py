@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .. import _loss_parts as parts
-from ..reference import SoftmaxProblem
+from .._normalise import matched
+from .._types import SoftmaxProblem
+from . import parts
 from .engine import row_stats
 
 
@@ -64,9 +65,9 @@ def fastfill_loss(
         log_var: [B] or [B, 1], `s`.
         new_weight: [C, D], frozen: it never gets a gradient.
         new_bias: [C], frozen, or None.
-        labels: int64 [B] below C; a row with a negative label takes no part.
+        labels: int64 [B] below C; a row with a negative label is ignored.
         label_smoothing: the share of the target spread evenly over all classes, 0 to 1.
-        reduction: "mean" over the rows that take part, "sum", or "none" (the other rows give 0).
+        reduction: "mean" or "sum" over the rows that are not ignored, or "none" (an ignored row gives 0).
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -89,7 +90,7 @@ def fastfill_loss(
     _checks.embeddings("new_weight", new_weight, "pred", pred)
     _checks.indices("labels", labels, "pred", pred)
     target_class = parts.class_targets(labels, new_weight.shape[0])
-    query, weight = parts.matched(pred, new_weight.detach(), False)
+    query, weight = matched(pred, new_weight.detach(), False)
     bias = parts.frozen_bias("new_bias", new_bias, "new_weight", weight)
     native = _checks.use_native(backend, query)
     stats = row_stats(native, SoftmaxProblem(query, weight, bias=bias, positive=target_class))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, _files, _inputs
-from ..functional import Array
+from .._types import Array
 from .ranking import Relevant, Space, average_precision, best_first, cutoffs, full_sort_ranks
 
 MAX_STATES = 10_000

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..functional import Array
+from .._types import Array
 from .ranking import Relevant, Space, average_precision, best_first, cutoffs
 
 

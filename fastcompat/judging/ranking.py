@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _checks, _inputs, _ops, reference
+from .. import _checks, _inputs, _search
 
 # Entries of the largest table of one query block (of int64: 16 MiB).
 BLOCK = 2**21
@@ -36,33 +36,16 @@ class Space:
         """Refuse NaN and inf in the query rows `q`, and in a gallery that no native kernel will check."""
         bad = ~self.query[q].isfinite().all(1)
         if bad.any():
-            self._refuse("query", int(q[bad][0]))
+            _checks.refuse_nonfinite(_checks.NonFiniteError("query", 0, int(q[bad][0])), [self.names])
         if not self.native and len(q):
-            self._refuse_gallery()
+            _search.refuse_nonfinite(self.query[:0], self.gallery, self.names)
 
-    def _refuse_gallery(self) -> None:
-        bad = (~self.gallery.isfinite().all(1)).nonzero()
-        if len(bad):
-            self._refuse("keys", int(bad[0]))
-
-    def _refuse(self, side: str, row: int) -> NoReturn:
-        _checks.refuse_nonfinite(_checks.NonFiniteError(side, 0, row), [self.names])
-
-    def _refuse_overflow(self, q: Tensor, scores: Tensor, ids: Tensor) -> None:
-        try:
-            reference.refuse_overflow(scores.isinf() & (ids >= 0))
-        except _checks.ScoreOverflowError as error:
-            _checks.refuse_overflow(int(q[error.row]), self.names[0])
+    def _how(self, q: Tensor) -> dict[str, Any]:
+        return {"native": self.native, "names": (self.names,), "query_rows": q}
 
     def pair_scores(self, q: Tensor, ids: Tensor) -> Tensor:
-        """Scores [B, P] of the gallery items `ids` for the queries `q` (native)."""
-        try:
-            found: Tensor = _ops.pair_scores(self.query[q], self.gallery, ids, self.metric)
-        except _checks.NonFiniteError:
-            self._refuse_gallery()
-            raise
-        self._refuse_overflow(q, found, ids)
-        return found
+        """Scores [B, P] of the gallery items `ids` for the queries `q`."""
+        return _search.pair_scores(self.query[q], self.gallery, ids, self.metric, **self._how(q))
 
     def count_beats(
         self,
@@ -73,30 +56,23 @@ class Space:
         ids: Tensor,
         exclude: Tensor | None,
     ) -> Tensor:
-        """How many items of each block of the walk beat each threshold [B, P, T] (native)."""
-        query = self.query[q]
-        try:
-            counts: Tensor = _ops.count_beats(
-                query, self.gallery, order, bounds, thresholds, ids, self.metric, exclude
-            )
-        except _checks.NonFiniteError:
-            self._refuse_gallery()
-            raise
-        return counts
+        """How many items of each block of the walk beat each threshold [B, P, T]."""
+        sides = self.query[q], self.gallery
+        return _search.count_beats(
+            *sides, order, bounds, thresholds, ids, self.metric, exclude=exclude, **self._how(q)
+        )
 
     def scores(self, q: Tensor, ids: Tensor) -> Tensor:
         """All scores [B, N] of the queries `q`, among which the items `ids` are ranked (reference)."""
-        scores = reference.scores(self.query[q], self.gallery, self.metric)
-        self._refuse_overflow(q, scores.gather(1, ids.clamp(min=0)), ids)
-        return scores
+        return _search.all_scores(
+            self.query[q], self.gallery, ids, self.metric, names=(self.names,), query_rows=q
+        )
 
     def ranks(self, q: Tensor, ids: Tensor, exclude: Tensor | None) -> Tensor:
         """Rank [B, P] of the items `ids` in the whole gallery; -1 where the id is -1."""
         if not self.native:
             return full_sort_ranks(self.scores(q, ids), ids, exclude)
-        everything = torch.tensor([0, len(self.gallery)], dtype=torch.int64, device=ids.device)
-        beaten_by = self.count_beats(q, None, everything, self.pair_scores(q, ids), ids, exclude)
-        return beaten_by[..., 0].masked_fill(ids < 0, -1)
+        return _search.ranks(self.query[q], self.gallery, ids, self.metric, exclude=exclude, **self._how(q))
 
 
 def full_sort_ranks(scores: Tensor, ids: Tensor, exclude: Tensor | None) -> Tensor:

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, _inputs, _search, reference
-from .. import _loss_parts as parts
-from ..functional import Array
+from .. import _checks, _inputs, _search
+from .._normalise import normalised
+from .._types import Array, Segment, SoftmaxProblem
+from ..functional import parts
 from ..functional.engine import row_stats
-from ..reference import Segment, SoftmaxProblem
 
 _ROWS = 4096  # at a time
 
@@ -69,17 +69,14 @@ def uncertainty(
     if not len(weight):
         raise ValueError("`class_weight` must have at least 1 row: got 0")
     scale = parts.inverse_temperature(temperature, "features", x)
-    try:
-        reference.refuse_nonfinite(x, weight)
-    except _checks.NonFiniteError as error:
-        _checks.refuse_nonfinite(error, (("features", "class_weight"),))
+    _search.refuse_nonfinite(x, weight, ("features", "class_weight"))
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     native = _checks.use_native(backend, weight.to(dtype))
     wide = dtype if native else torch.float64
-    unit = parts.normalised(weight.to(wide))
+    unit = normalised(weight.to(wide))
     keys = torch.cat([unit, -torch.ones_like(unit[:, :1])], 1)  # [C, D + 1]
     blocks = [
-        _uncertainty(parts.normalised(block.to(wide)), keys, kind, scale, native).to(dtype)
+        _uncertainty(normalised(block.to(wide)), keys, kind, scale, native).to(dtype)
         for block in torch.split(x, _ROWS)
     ]
     result: Array = _checks.like_input((torch.cat(blocks),), features)[0]

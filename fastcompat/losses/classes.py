@@ -96,7 +96,7 @@ class PrototypeLoss(_ClassVectorLoss):
     Args:
         prototypes: [C, D], kept as a frozen buffer; or a bank, whose prototypes and perturbed prototypes are
             read at every call.
-        perturbed: [C, D], beside a tensor of prototypes; a bank brings its own.
+        perturbed: [C, D], beside a tensor of prototypes; a bank has its own.
         perturb_negatives: use the perturbed prototypes for the other classes as well.
         temperature: a float, or an `nn.Parameter` to be learned.
         normalize: L2-normalise features and prototypes first.

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks, functional, reference
-from .. import _loss_parts as parts
+from .._normalise import matched
+from .._types import SoftmaxStats
+from ..functional import parts
 
 
 class ContrastiveLoss(nn.Module):
@@ -58,7 +60,7 @@ class ContrastiveLoss(nn.Module):
             _checks.choice("positives", self.positives, parts.POSITIVES)
             _check_options_for_pairs(self.reduction, self.backend)
             scale = parts.inverse_temperature(self.temperature, "embeddings", embeddings)
-            query, keys = parts.matched(embeddings, keys, self.normalize, self.eps)
+            query, keys = matched(embeddings, keys, self.normalize, self.eps)
             z = reference.logits(query, keys, scale)
             stats = reference.masked_stats(z, *pair_masks(indices_tuple, z))
             return parts.contrastive_from_stats(stats, self.positives, self.reduction)
@@ -133,7 +135,7 @@ class RACTLoss(nn.Module):
 
     With an `indices_tuple` the positives and negatives of row i are the pairs named there: positives among
     the old embeddings, the k hardest negatives among the old and among the new ones (row i itself never is a
-    new negative); rows without a positive take no part.
+    new negative); rows without a positive are ignored.
 
     Args:
         temperature: a float, or an `nn.Parameter` to be learned.
@@ -205,7 +207,7 @@ class RACTLoss(nn.Module):
         scale = parts.inverse_temperature(self.temperature, "embeddings", new)
         own = new.detach() if self.detach_keys else new
         to_old, to_new = (
-            reference.logits(*parts.matched(new, keys, self.normalize, self.eps), scale)
+            reference.logits(*matched(new, keys, self.normalize, self.eps), scale)
             for keys in (old.detach(), own)
         )
         pos, neg = pair_masks(indices_tuple, to_old)
@@ -216,7 +218,7 @@ class RACTLoss(nn.Module):
         everything = torch.cat(hardest, 1)
         used = torch.ones_like(everything, dtype=torch.bool)
         pos_sum = torch.where(pos, to_old, 0.0).sum(1)
-        stats = reference.SoftmaxStats(
+        stats = SoftmaxStats(
             reference.log_sum_exp(everything, used), reference.log_sum_exp(to_old, pos), pos_sum, pos.sum(1)
         )
         return parts.contrastive_from_stats(stats, "sum_in_log", self.reduction)

@@ -22,7 +22,7 @@ class MemoryQueue(nn.Module):
         )
 
     With `positions` (numbers of the images in the data set) an image is in the queue once, with its newest
-    embedding (the last row, if a batch brings it twice), and `find` tells where. Memory and time are linear
+    embedding (the last row, if a batch holds it twice), and `find` tells where. Memory and time are linear
     in `size`; neither the queue nor a loss over it ever holds a table of batch times queue. The queue is part
     of the state_dict. After the cross-batch memory of Wang et al., CVPR 2020, arXiv 1912.06798
     (re-implementation).

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _inputs, _native, _promoted, _search
-from ..functional import Array
-from ..reference import Segment
+from .._types import Array, Segment
 from . import folder as folders
 from .mixed_topk import one_or_many, two_numbers
 
@@ -42,17 +41,17 @@ class _State:
     def packed(self, part: Segment, metric: str, names: tuple[str, str]) -> Tensor:
         """The keys as the search kernels want them, from the second search of this state on; else empty."""
         name = (names, _native.simd())
-        kept = self._packed.get(name)
-        if kept is None and name in self._packed:
-            kept = _search.pack(part, metric, names)
-        self._packed[name] = kept
-        return torch.empty(0, dtype=torch.float32, device="cpu") if kept is None else kept
+        packed = self._packed.get(name)
+        if packed is None and name in self._packed:
+            packed = _search.pack(part, metric, names)
+        self._packed[name] = packed
+        return torch.empty(0, dtype=torch.float32, device="cpu") if packed is None else packed
 
 
 class MixedGallery:
     """A gallery on its way from an old to a new embedding model: search it, re-embed items, save it.
 
-    Every item counts with its old vector until `update` brings its new one; `search` is exactly
+    Every item counts with its old vector until `update` sets its new one; `search` is exactly
     `fastcompat.mixed_topk` on the state of that moment. The old model can be retired when `fraction` is 1: a
     side without items needs no query.
 
@@ -242,7 +241,7 @@ class MixedGallery:
         """Re-embed items in the given order, a batch at a time, leaving out those that are backfilled.
 
         A generator of `fraction` after each batch; between two batches save the gallery, show progress or
-        stop. The same call on the loaded gallery goes on where it was saved::
+        stop. The same call on the loaded gallery resumes where it was saved::
 
             for fraction in gallery.backfill(order, embed):
                 gallery.save(path)
@@ -274,9 +273,9 @@ class MixedGallery:
         replaced, in one step. Saved again into the same folder, the old vectors are not written again.
         Bfloat16 is stored as int16 of the same bits. Saves into one folder wait for one another.
 
-        A gallery that was loaded from this folder, or saved to it before, goes on from that state alone:
+        A gallery that was loaded from this folder, or saved to it before, builds on that state alone:
         where someone else has saved there since, it is refused, so that no writer undoes another's work. The
-        first save of a gallery that was made anew replaces what is there: to go on with a gallery, load it.
+        first save of a gallery that was made anew replaces what is there: load a gallery to continue it.
 
         Raises:
             ValueError: the folder cannot be made or written; someone else has saved there since; its

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, _inputs
-from ..functional import Array
+from .._types import Array
 
 METHODS = ("score", "rrf", "zscore", "minmax")
 RRF_CONSTANT = 60
@@ -90,7 +90,7 @@ def merge_topk(
 
 
 def _merged_scores(scores: Tensor, ids: Tensor, method: str) -> Tensor:
-    """What each slot [B, k_i] brings to its item: float64, 0 or -inf where it is empty."""
+    """What each slot [B, k_i] adds to its item: float64, 0 or -inf where it is empty."""
     filled, s = ids != -1, scores.double()
     if method == "rrf":
         return torch.where(filled, 1 / (RRF_CONSTANT + filled.cumsum(1)).double(), 0.0)

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 
 from .. import _checks, _inputs, _promoted
-from ..functional import Array
-from ..reference import Segment
+from .._types import Array, Segment
 
 
 def mixed_topk(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import _checks, _files, _inputs, reference
+from .. import _checks, _files, _inputs, _search
 
 _BLOCK = 8192  # rows of `transform` at a time
 
@@ -227,10 +227,7 @@ def as_features(**features: Any) -> list[Tensor]:
     """The arrays of a `fit` as matrices with one row per item, without NaN and inf."""
     tensors = _same_rows(features)
     for name, value in zip(features, tensors, strict=True):
-        try:
-            reference.refuse_nonfinite(value, value[:0])
-        except _checks.NonFiniteError as error:
-            _checks.refuse_nonfinite(error, ((name, name),))
+        _search.refuse_nonfinite(value, value[:0], (name, name))
     return tensors
 
 

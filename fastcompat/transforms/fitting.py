@@ -62,12 +62,12 @@ class Training:
         Returns:
             The mean training loss and the held-out loss (NaN: nothing held out) of every epoch.
         """
-        kept = round(count * self.held_out)
-        if self.held_out and not kept:
-            kept = 1
-        if count - kept < 2:
+        stopping = round(count * self.held_out)
+        if self.held_out and not stopping:
+            stopping = 1
+        if count - stopping < 2:
             raise ValueError(
-                f"`old` must have at least 2 rows to train on: got {count}, {kept} of them held out"
+                f"`old` must have at least 2 rows to train on: got {count}, {stopping} of them held out"
             )
         body = nn.ModuleList(modules)
         device = next(body.parameters()).device
@@ -77,7 +77,7 @@ class Training:
             torch.manual_seed(self.seed)
             reset(body)
             order = torch.randperm(count, dtype=torch.int64, device="cpu")
-            history = self._epochs(body, order[:kept], order[kept:], loss, title)
+            history = self._epochs(body, order[:stopping], order[stopping:], loss, title)
         for module in modules:
             module.fitted = True
         return history

@@ -16,16 +16,14 @@ PACKAGE = ROOT / "fastcompat"
 # Lowest first. A module imports from floors below its own, and freely inside its own folder. A name is a
 # module or a folder of the package; `folder.module` places one module of a folder apart from the rest.
 FLOORS = (
-    "_torch_hooks _files _arrays commands.terminal",  # private torch; files; arrays of any library; terminal
-    "_native",
+    "_types _torch_hooks _files _arrays commands.terminal",  # tuples; private torch; files; arrays; terminal
+    "_native _autocast",
     "_checks commands.output commands.npy_files",  # errors in arguments; files of the commands
-    "_inputs _operands reference serving.folder",  # what users bring; the specification; stored tensors
+    "_inputs _operands _normalise reference serving.folder",  # what users pass in; rows; the specification
     "_ops",  # torch operators
-    "_search",
-    "_promoted _loss_parts judging.ranking selfcheck",  # wide queries; ranks; are the kernels right
-    "_autograd",  # gradients
+    "_search _autograd selfcheck",  # the one search front; gradients; are the kernels right
+    "_promoted prototypes judging.ranking",  # wide queries; class vectors; ranks
     "functional",  # the public functions
-    "prototypes",
     "losses serving judging",  # modules; galleries and lists of results; figures
     "transforms commands.report commands.evaluation",
     "training __init__",
@@ -83,6 +81,11 @@ def test_imports_point_down(path: Path) -> None:
         target, below = place(name)
         if target != own:
             assert below < floor, f"{own} (floor {floor}) imports {'.'.join(name)} (floor {below})"
+
+
+def test_gradients_know_no_search() -> None:
+    names = {name[0] for path in ("_autograd", "_normalise") for name in imported(PACKAGE / f"{path}.py")}
+    assert not names & {"_search", "_promoted", "functional"}
 
 
 def test_every_entry_of_the_table_exists() -> None:
