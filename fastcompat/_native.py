@@ -6,7 +6,7 @@ Every operator is written once: `_Call` knows what differs between the engine on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -62,19 +62,36 @@ def set_simd(name: str) -> None:
     _C.set_simd(name)
 
 
-def build_info() -> dict[str, Any]:
+class BuildInfo(TypedDict):
+    """What was built and what runs (`build_info`)."""
+
+    version: str
+    compiler: str
+    cuda: str | None
+    cuda_archs: list[str]
+    simd_built: list[str]
+    simd_usable: list[str]
+    simd: str
+    threads: int
+
+
+def build_info() -> BuildInfo:
     """What was built and what runs.
 
     Keys: version, compiler, cuda (None or the version), cuda_archs, simd_built (instruction sets in the
     module), simd_usable (those this machine can run), simd (the one in use), threads.
     """
     build = dict(_C.build())
-    known = ("version", "compiler", "cuda", "cuda_archs", "simd_built")
-    return {name: build[name] for name in known} | {
-        "simd_usable": simd_levels(),
-        "simd": simd(),
-        "threads": torch.get_num_threads(),
-    }
+    return BuildInfo(
+        version=build["version"],
+        compiler=build["compiler"],
+        cuda=build["cuda"],
+        cuda_archs=build["cuda_archs"],
+        simd_built=build["simd_built"],
+        simd_usable=simd_levels(),
+        simd=simd(),
+        threads=torch.get_num_threads(),
+    )
 
 
 @constant_when_compiled

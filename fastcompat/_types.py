@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-Array = TypeVar("Array", Tensor, np.ndarray[Any, Any])  # what comes back is of the type that was given
-Arrays = Tensor | np.ndarray[Any, Any]
+Array = TypeVar("Array", Tensor, np.ndarray[Any, Any])  # results are of the type of the queries
+ArrayLike = Tensor | npt.ArrayLike  # lists, columns of data frames and other libraries' arrays among them
 
 Metric = Literal["cosine", "ip", "l2"]
 Backend = Literal["auto", "native", "reference"]

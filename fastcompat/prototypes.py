@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,12 +11,14 @@ from torch import Tensor, nn
 from . import _checks, _search
 from ._autocast import exactly
 from ._normalise import normalised
-from ._types import Array, Segment
+from ._types import Array, ArrayLike, Backend, Segment
 
 _BLOCK = 2**24  # numbers in the largest temporary of a blockwise computation (64 MiB in float32)
 
 
-def class_prototypes(features: Array, labels: Array, num_classes: int, *, eps: float | None = None) -> Array:
+def class_prototypes(
+    features: Array, labels: ArrayLike, num_classes: int, *, eps: float | None = None
+) -> Array:
     """The mean of each class's normalised features, normalised: `p_c = normalize(mean of f^_i with y_i = c)`.
 
     `RunningPrototypes` does the same batch by batch.
@@ -63,7 +64,7 @@ class RunningPrototypes:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def add(self, features: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
+    def add(self, features: ArrayLike, labels: ArrayLike) -> None:
         """Count features [B, D] with labels int64 [B]; a negative label leaves its row out."""
         features, labels = _checks.as_tensor("features", features), _checks.as_tensor("labels", labels)
         _checks.matrix("features", features)
@@ -100,7 +101,7 @@ def ndpp(
     alpha_old: float = 0.16,
     alpha_new: float = 0.004,
     exclude_new_self: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Neighbour-driven perturbation: each old prototype moves away from its nearest old and new prototypes.
 
@@ -172,7 +173,7 @@ def odpp(
     steps: int = 100,
     lr: float = 1e-3,
     batch: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Optimisation-driven perturbation: old prototypes learn to keep apart, and away from other new ones.
 

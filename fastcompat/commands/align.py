@@ -116,11 +116,11 @@ def _fitted(method: str, old: Tensor, new: Tensor, labels: Tensor, seed: int) ->
 
 def _judged(
     method: str, transform: Transform, old: Tensor, new: Tensor, labels: Tensor, seed: int
-) -> dict[str, BackfillCurve]:
+) -> dict[str, BackfillCurve[Tensor]]:
     """Backfills of the held-out items; each of the first of them searches all the others."""
     queries = min(QUERIES, len(old))
 
-    def curve(query_old: Tensor, gallery_old: Tensor, order: Tensor | None = None) -> BackfillCurve:
+    def curve(query_old: Tensor, gallery_old: Tensor, order: Tensor | None = None) -> BackfillCurve[Tensor]:
         return fc.backfill_curve(
             query_old[:queries],
             gallery_old,
@@ -150,7 +150,7 @@ def _judged(
     return found
 
 
-def _table(found: dict[str, BackfillCurve]) -> list[tuple[str, ...]]:
+def _table(found: dict[str, BackfillCurve[Tensor]]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [HEADER]
     for way, curve in found.items():
         figures = (float(curve.map[0]), float(curve.cmc[1][0]), curve.auc())
@@ -161,7 +161,7 @@ def _table(found: dict[str, BackfillCurve]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _notes(method: str, found: dict[str, BackfillCurve], out: Path) -> list[tuple[str, str]]:
+def _notes(method: str, found: dict[str, BackfillCurve[Tensor]], out: Path) -> list[tuple[str, str]]:
     if method in FORWARD:
         name, use = "ForwardTransform", "replaces the old vectors of the gallery; queries are new vectors"
     else:

@@ -93,7 +93,7 @@ def _labels(files: dict[str, NpyFile], vectors: dict[str, Any]) -> dict[str, Any
 
 def curves(
     upgrade: Upgrade, order: np.ndarray[Any, Any] | None, metric: str, states: int, seed: int
-) -> dict[str, BackfillCurve]:
+) -> dict[str, BackfillCurve[Any]]:
     """The backfill with both models' queries and, where widths allow it, with the new model's alone.
 
     Flips are counted against the old system. Raises ValueError, naming the option, for vectors, labels or an
@@ -104,7 +104,7 @@ def curves(
     if not upgrade.same_width:
         del ways["new alone"]
     common: dict[str, Any] = {"order": order, "metric": metric, "states": states, "seed": seed, "ks": KS}
-    parts: dict[str, list[tuple[int, BackfillCurve]]] = {way: [] for way in ways}
+    parts: dict[str, list[tuple[int, BackfillCurve[Any]]]] = {way: [] for way in ways}
     total = len(arrays["query_labels"])
     with tqdm(total=total * len(ways), desc="judging", unit=" queries", disable=None) as bar:
         for first in range(0, max(total, 1), BLOCK):
@@ -127,7 +127,7 @@ def curves(
     return {way: _mean(each) for way, each in parts.items()}
 
 
-def _mean(parts: Sequence[tuple[int, BackfillCurve]]) -> BackfillCurve:
+def _mean(parts: Sequence[tuple[int, BackfillCurve[Any]]]) -> BackfillCurve[Any]:
     """The curve of all queries from the curves of some, and how many queries each of them counted."""
     some = [(count, curve) for count, curve in parts if count]
     counts = np.array([count for count, _ in some], dtype=np.float64)
@@ -145,7 +145,7 @@ def _mean(parts: Sequence[tuple[int, BackfillCurve]]) -> BackfillCurve:
     )
 
 
-def table(found: dict[str, BackfillCurve]) -> list[tuple[str, ...]]:
+def table(found: dict[str, BackfillCurve[Any]]) -> list[tuple[str, ...]]:
     """The start, the middle, the end and the mean of each way to serve, header first, as text."""
     rows = [HEADER]
     for way, curve in found.items():
@@ -161,7 +161,7 @@ def table(found: dict[str, BackfillCurve]) -> list[tuple[str, ...]]:
     return rows
 
 
-def describe(upgrade: Upgrade, found: dict[str, BackfillCurve], order: str, metric: str) -> str:
+def describe(upgrade: Upgrade, found: dict[str, BackfillCurve[Any]], order: str, metric: str) -> str:
     """What was judged, in one sentence."""
     arrays, curve = upgrade.arrays, found["both models"]
     queries = len(arrays["query_labels"])
@@ -173,7 +173,7 @@ def describe(upgrade: Upgrade, found: dict[str, BackfillCurve], order: str, metr
     return f"{len(arrays['old']):,} items, {asked}; {widths}; metric {metric}; order {order}{left_out}"
 
 
-def notes(upgrade: Upgrade, found: dict[str, BackfillCurve]) -> list[tuple[str, str]]:
+def notes(upgrade: Upgrade, found: dict[str, BackfillCurve[Any]]) -> list[tuple[str, str]]:
     """(heading, explanation) pairs: how to read the table."""
     both, alone = found["both models"], found.get("new alone")
     counted = len(upgrade.arrays["query_labels"]) - both.skipped

@@ -32,7 +32,7 @@ class Line:
     """One curve of the picture."""
 
     label: str
-    curve: BackfillCurve
+    curve: BackfillCurve[Any]
 
 
 def figure(lines: list[Line], *, title: str, subtitle: str, caption: str, old_map: float) -> Figure:

@@ -41,7 +41,7 @@ class Candidate:
     self_test: Score
     cross_test: Score
     gain: float
-    curve: BackfillCurve
+    curve: BackfillCurve[Tensor]
 
 
 @dataclass(frozen=True)

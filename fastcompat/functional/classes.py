@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import _checks
 from .._normalise import common_dtype, matched, normalised, paired_products
-from .._types import SoftmaxProblem
+from .._types import Backend, Reduction, SoftmaxProblem
 from . import parts
 from .engine import contrastive, row_stats
 
@@ -22,8 +23,8 @@ def bct_loss(
     *,
     scale: float | Tensor | None = None,
     eps: float | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The influence loss of backward-compatible training: new features judged by the old classifier.
 
@@ -84,8 +85,8 @@ def prototype_loss(
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
     eps: float | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """New features pulled to the old model's class prototypes, or to perturbed ones that lie further apart.
 
@@ -146,12 +147,12 @@ def margin_softmax_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    kind: str = "arcface",
+    kind: Literal["arcface", "cosface"] = "arcface",
     scale: float | Tensor = 30.0,
     margin: float = 0.3,
     eps: float | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cosine softmax with a margin on the true class, without the [B, C] logits: 10^5 classes and more fit.
 

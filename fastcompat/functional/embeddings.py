@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks, reference
 from .._normalise import matched, paired_products, smallest_norm
-from .._types import SoftmaxProblem
+from .._types import Backend, Positives, Reduction, SoftmaxProblem
 from . import parts
 from .engine import check_sets, contrastive, row_stats
 
@@ -21,11 +21,11 @@ def contrastive_loss(
     positive: Tensor | None = None,
     exclude: Tensor | None = None,
     temperature: float | Tensor = 0.07,
-    positives: str = "sum_in_log",
+    positives: Positives = "sum_in_log",
     normalize: bool = True,
     eps: float | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """InfoNCE or SupCon of `query` against `keys`, e.g. new embeddings against the old gallery.
 
@@ -77,8 +77,8 @@ def simclr_loss(
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
     eps: float | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """SimCLR's contrastive loss (NT-Xent): two views of an image attract, all other views repel.
 
@@ -137,8 +137,8 @@ def ract_loss(
     detach_keys: bool = True,
     normalize: bool = True,
     eps: float | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Regression-alleviating compatible training: fewer answers that the upgrade turns from right to wrong.
 
@@ -225,12 +225,12 @@ def metric_compatible_loss(
     labels: Tensor,
     *,
     temperature: float | Tensor = 0.07,
-    positives: str = "sum_in_log",
+    positives: Positives = "sum_in_log",
     shared_negatives: bool = True,
     normalize: bool = True,
     eps: float | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Metric-compatible learning: the distances of a half-upgraded gallery's two systems become comparable.
 

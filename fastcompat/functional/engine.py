@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _autograd, _checks, _inputs, _promoted, _search, reference
 from .._normalise import matched, normalised
-from .._types import Array, Segment, SoftmaxProblem, SoftmaxStats
+from .._types import Array, ArrayLike, Backend, Metric, Segment, SoftmaxProblem, SoftmaxStats
 from . import parts
 
 
@@ -21,7 +21,7 @@ def softmax_stats(
     key_labels: Tensor | None = None,
     positive: Tensor | None = None,
     exclude: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> SoftmaxStats:
     """Row statistics of `z_ij = scale * <query_i, keys_j> + bias_j` without ever storing the logits.
 
@@ -63,14 +63,14 @@ def softmax_stats(
 
 def topk(
     query: Array,
-    keys: Array,
+    keys: ArrayLike,
     k: int,
     *,
-    metric: str = "cosine",
-    query_labels: Array | None = None,
-    key_labels: Array | None = None,
-    exclude: Array | None = None,
-    backend: str = "auto",
+    metric: Metric = "cosine",
+    query_labels: ArrayLike | None = None,
+    key_labels: ArrayLike | None = None,
+    exclude: ArrayLike | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Array, Array]:
     """The k best keys of every query, exactly: best first, ties to the smaller id.
 
@@ -135,12 +135,12 @@ def topk(
 
 def ranks(
     query: Array,
-    keys: Array,
-    targets: Array,
+    keys: ArrayLike,
+    targets: ArrayLike,
     *,
-    metric: str = "cosine",
-    exclude: Array | None = None,
-    backend: str = "auto",
+    metric: Metric = "cosine",
+    exclude: ArrayLike | None = None,
+    backend: Backend = "auto",
 ) -> Array:
     """How many keys beat each target: its place in the full ranking of `topk`, without sorting anything.
 

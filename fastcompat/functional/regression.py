@@ -7,12 +7,14 @@ from torch import Tensor
 
 from .. import _checks
 from .._normalise import matched
-from .._types import SoftmaxProblem
+from .._types import Backend, Reduction, SoftmaxProblem
 from . import parts
 from .engine import row_stats
 
 
-def fct_loss(pred: Tensor, target: Tensor, *, reduction: str = "mean", backend: str = "auto") -> Tensor:
+def fct_loss(
+    pred: Tensor, target: Tensor, *, reduction: Reduction = "mean", backend: Backend = "auto"
+) -> Tensor:
     """Forward-compatible training: the mean squared error of transformed old features.
 
     `L_i = mean over d of (n_id - r_id)^2`, `r = h(o, s)`; the features are not normalised. Ramanujan et al.,
@@ -46,8 +48,8 @@ def fastfill_loss(
     labels: Tensor,
     *,
     label_smoothing: float = 0.1,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """FastFill: a transformation that also predicts how wrong it is, which gives the order of the backfill.
 

@@ -6,21 +6,24 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, _files, _inputs
-from .._types import Array
+from .._types import Array, ArrayLike, Backend, Metric
 from .ranking import Relevant, Space, average_precision, best_first, cutoffs, full_sort_ranks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_STATES = 10_000
 
 
 @dataclass(frozen=True, repr=False)
-class BackfillCurve:
+class BackfillCurve(Generic[Array]):
     """Retrieval quality of a gallery over the states of its backfill.
 
     Arrays are float64 [T], tensors or NumPy arrays as the queries were given; rates are shares of the
@@ -35,11 +38,11 @@ class BackfillCurve:
         skipped: number of queries with no relevant item, left out of every figure.
     """
 
-    fraction: Any
-    map: Any
-    cmc: dict[int, Any]
-    negative_flips: Any
-    positive_flips: Any
+    fraction: Array
+    map: Array
+    cmc: dict[int, Array]
+    negative_flips: Array
+    positive_flips: Array
     skipped: int
 
     def __repr__(self) -> str:
@@ -65,7 +68,7 @@ class BackfillCurve:
 
         return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
 
-    def plot(self, path: str | Path | None = None) -> Any:
+    def plot(self, path: str | Path | None = None) -> Figure:
         """Draw the curve with matplotlib; write it to `path` if given (the ending says the format).
 
         Returns:
@@ -100,21 +103,21 @@ class BackfillCurve:
 
 def backfill_curve(
     query_old: Array,
-    old: Array,
-    query_new: Array,
-    new: Array,
-    query_labels: Array,
-    gallery_labels: Array,
+    old: ArrayLike,
+    query_new: ArrayLike,
+    new: ArrayLike,
+    query_labels: ArrayLike,
+    gallery_labels: ArrayLike,
     *,
-    order: Array | None = None,
+    order: ArrayLike | None = None,
     states: int = 22,
     ks: Sequence[int] = (1, 5, 10),
-    metric: str = "cosine",
-    baseline: tuple[Array, Array] | None = None,
-    exclude: Array | None = None,
+    metric: Metric = "cosine",
+    baseline: tuple[ArrayLike, ArrayLike] | None = None,
+    exclude: ArrayLike | None = None,
     seed: int = 0,
-    backend: str = "auto",
-) -> BackfillCurve:
+    backend: Backend = "auto",
+) -> BackfillCurve[Array]:
     """Exact mAP, CMC and flips at every state of a backfill, in one pass over the gallery.
 
     In state t = 0 .. T-1 the first `c_t = floor(t * N / (T-1))` items of `order` are backfilled. Items are

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
 from .. import _checks
-from .._types import Array
+from .._types import Array, ArrayLike, Backend, Metric
 from .ranking import Relevant, Space, average_precision, best_first, cutoffs
 
 
 @dataclass(frozen=True, repr=False)
-class QueryMetrics:
+class QueryMetrics(Generic[Array]):
     """The figures of `RetrievalMetrics` for every query: float64 [Q] each, NaN for a skipped query.
 
     Tensors or NumPy arrays, as the query was given.
     """
 
-    map: Any
-    cmc: dict[int, Any]
-    recall: dict[int, Any]
-    map_at_r: Any
+    map: Array
+    cmc: dict[int, Array]
+    recall: dict[int, Array]
+    map_at_r: Array
 
     def __repr__(self) -> str:
         cutoffs = ", ".join(map(str, self.cmc))
@@ -32,7 +32,7 @@ class QueryMetrics:
 
 
 @dataclass(frozen=True, repr=False)
-class RetrievalMetrics:
+class RetrievalMetrics(Generic[Array]):
     """What `retrieval_metrics` returns: means over the counted queries (NaN if there is none).
 
     Attributes:
@@ -49,7 +49,7 @@ class RetrievalMetrics:
     recall: dict[int, float]
     map_at_r: float
     skipped: int
-    per_query: QueryMetrics
+    per_query: QueryMetrics[Array]
 
     def __repr__(self) -> str:
         figures = [("mAP", self.map)]
@@ -63,16 +63,16 @@ class RetrievalMetrics:
 
 def retrieval_metrics(
     query: Array,
-    gallery: Array,
-    query_labels: Array,
-    gallery_labels: Array,
+    gallery: ArrayLike,
+    query_labels: ArrayLike,
+    gallery_labels: ArrayLike,
     *,
     ks: Sequence[int] = (1, 5, 10),
-    metric: str = "cosine",
-    exclude: Array | None = None,
+    metric: Metric = "cosine",
+    exclude: ArrayLike | None = None,
     map_at: int | None = None,
-    backend: str = "auto",
-) -> RetrievalMetrics:
+    backend: Backend = "auto",
+) -> RetrievalMetrics[Array]:
     """Exact mAP, CMC, recall and mAP@R of a gallery, in memory that does not grow with Q * N.
 
     A gallery item is relevant to a query if their labels are equal; a negative label equals no label. Let

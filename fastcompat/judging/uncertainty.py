@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks, _inputs, _search
 from .._normalise import normalised
-from .._types import Array, Segment, SoftmaxProblem
+from .._types import Array, ArrayLike, Backend, Segment, SoftmaxProblem
 from ..functional import parts
 from ..functional.engine import row_stats
 
@@ -21,11 +22,11 @@ _ROWS = 4096  # at a time
 @torch.no_grad()
 def uncertainty(
     features: Array,
-    class_weight: Array,
+    class_weight: ArrayLike,
     *,
-    kind: str = "entropy",
+    kind: Literal["least_confidence", "margin", "entropy"] = "entropy",
     temperature: float | Tensor = 0.07,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Array:
     """How unsure the old model is of each stored feature; backfill the most uncertain items first.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import _checks, functional, reference
 from .._normalise import matched
-from .._types import SoftmaxStats
+from .._types import Backend, Positives, Reduction, SoftmaxStats
 from ..functional import parts
 
 
@@ -32,11 +32,11 @@ class ContrastiveLoss(nn.Module):
         self,
         *,
         temperature: float | Tensor = 0.07,
-        positives: str = "sum_in_log",
+        positives: Positives = "sum_in_log",
         normalize: bool = True,
         eps: float | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.temperature, self.positives, self.normalize = temperature, positives, normalize
@@ -110,8 +110,8 @@ class SimCLRLoss(nn.Module):
         temperature: float | Tensor = 0.1,
         normalize: bool = True,
         eps: float | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.temperature, self.normalize = temperature, normalize
@@ -155,8 +155,8 @@ class RACTLoss(nn.Module):
         detach_keys: bool = True,
         normalize: bool = True,
         eps: float | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.temperature, self.k, self.detach_keys = temperature, k, detach_keys
@@ -241,12 +241,12 @@ class MetricCompatibleLoss(nn.Module):
         self,
         *,
         temperature: float | Tensor = 0.07,
-        positives: str = "sum_in_log",
+        positives: Positives = "sum_in_log",
         shared_negatives: bool = True,
         normalize: bool = True,
         eps: float | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.temperature, self.positives, self.normalize = temperature, positives, normalize

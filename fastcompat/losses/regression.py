@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import functional
+from .._types import Backend, Reduction
 
 
 class FCTLoss(nn.Module):
@@ -15,7 +16,7 @@ class FCTLoss(nn.Module):
         backend: "auto" or "reference".
     """
 
-    def __init__(self, *, reduction: str = "mean", backend: str = "auto") -> None:
+    def __init__(self, *, reduction: Reduction = "mean", backend: Backend = "auto") -> None:
         super().__init__()
         self.reduction, self.backend = reduction, backend
 
@@ -44,8 +45,8 @@ class FastFillLoss(nn.Module):
         new_bias: Tensor | None = None,
         *,
         label_smoothing: float = 0.1,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.register_buffer("new_weight", new_weight.detach())

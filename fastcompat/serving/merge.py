@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, _inputs
-from .._types import Array
+from .._types import Array, ArrayLike, Backend
 
+Method = Literal["score", "rrf", "zscore", "minmax"]
 METHODS = ("score", "rrf", "zscore", "minmax")
 RRF_CONSTANT = 60
 
 
 def merge_topk(
-    results: Sequence[tuple[Array, Array]], k: int, *, method: str = "score", backend: str = "auto"
+    results: Sequence[tuple[Array, ArrayLike]], k: int, *, method: Method = "score", backend: Backend = "auto"
 ) -> tuple[Array, Array]:
     """The best k items of several result lists of the same queries: shards, engines, embedding spaces.
 

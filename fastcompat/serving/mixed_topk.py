@@ -6,21 +6,21 @@ import math
 from collections.abc import Sequence
 
 from .. import _checks, _inputs, _promoted
-from .._types import Array, Segment
+from .._types import Array, ArrayLike, Backend, Metric, Segment
 
 
 def mixed_topk(
     query_old: Array,
-    old: Array,
-    query_new: Array,
-    new: Array,
-    backfilled: Array,
+    old: ArrayLike,
+    query_new: ArrayLike,
+    new: ArrayLike,
+    backfilled: ArrayLike,
     k: int,
     *,
-    metric: str = "cosine",
+    metric: Metric = "cosine",
     scale: Sequence[float] = (1.0, 1.0),
     offset: Sequence[float] = (0.0, 0.0),
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Array, Array]:
     """The best k items of a half-upgraded gallery, each item ranked by the score in its own space.
 
