@@ -108,7 +108,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         else:
             loss, dquery, dkeys = _ops.softmax_loss(query, keys, *rest)
         want_query, want_keys = rest[-2:]
-        # The leaves are for `_NoDoubleBackward` alone.
+        # The leaves are saved only for `_NoDoubleBackward`.
         ctx.save_for_backward(query if want_query else None, keys if want_keys else None, dquery, dkeys)
         return loss
 
@@ -119,7 +119,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         readable = _checks.values_readable(grad) and not _torch_hooks.stacked(grad)
         if readable and not _torch_hooks.keeps_graph():
             number = grad.item()
-            if number != 1:  # nobody can ask for these gradients again: no copy
+            if number != 1:  # these gradients cannot be asked for again: no copy
                 for found in (dquery, dkeys):
                     nothing = None if math.isfinite(number) else found == 0
                     found.mul_(number)

@@ -231,7 +231,7 @@ def use_native(backend: str, query: Tensor) -> bool:
 
 
 def no_kernel(backend: str, function: str) -> None:
-    """`backend` of a function that is plain PyTorch everywhere."""
+    """`backend` of a function that is plain PyTorch on every device."""
     choice("backend", backend, BACKENDS)
     if backend == "native":
         raise ValueError(f'`backend="native"` does not cover {function}, which is plain PyTorch; use "auto"')

@@ -211,7 +211,7 @@ class _Call:
         query, keys = self.rows(given.query), self.rows(given.keys)
         scale, scale_tensor = given.scale, given.scale_tensor
         if scale_tensor is not None and self.gpu and scale_tensor.device == self.device:
-            self.scale_factor = self.flat(scale_tensor)  # read on the GPU, so that nobody waits for it
+            self.scale_factor = self.flat(scale_tensor)  # read on the GPU: no synchronisation
         elif scale_tensor is not None:
             scale *= scale_tensor.item()
         rows, dim = query.shape

@@ -35,7 +35,7 @@ _CPU_ALONE = ("softmax_loss",)  # see `_autograd.fuses`
 
 
 def observed(arguments: Iterable[Any]) -> bool:
-    """Whether a call must go through torch's dispatcher: somebody listens, or a tensor is no plain one."""
+    """Whether a call must go through torch's dispatcher: a mode listens, or a tensor is not a plain one."""
     if torch.compiler.is_compiling() or _torch_hooks.func_active() or _torch_hooks.dispatch_observed():
         return True
     for x in arguments:
@@ -128,7 +128,7 @@ def _(query, keys, rows, bounds, thresholds, threshold_ids, metric, exclude):  #
 softmax_stats = _direct("softmax_stats", _checked("softmax_stats"))
 softmax_query_grad = _direct("softmax_query_grad", _checked("softmax_query_grad"))
 softmax_key_grad = _direct("softmax_key_grad", _checked("softmax_key_grad"))
-# For `_autograd` alone, whose callers have checked: of a small loss the checks are 2 %.
+# Only for `_autograd`, whose callers have checked: the checks are 2 % of a small loss.
 softmax_loss = _direct("softmax_loss", _native.softmax_loss)
 topk = _direct("topk", _checked("topk"))
 pair_scores = _direct("pair_scores", _checked("pair_scores"))

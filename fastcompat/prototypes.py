@@ -119,7 +119,7 @@ def ndpp(
     memory linear in C.
 
     Args:
-        old_prototypes: [C, D]; normalised here. A zero row (an empty class) stays zero and is nobody's
+        old_prototypes: [C, D]; normalised here. A zero row (an empty class) stays zero and is no one's
             neighbour.
         new_prototypes: [C, D], those of the current new model; zero rows are nobody's neighbour.
         k: how many neighbours of each kind; fewer where there are fewer.
@@ -199,7 +199,7 @@ def odpp(
         batch: None for every class in every step; else each step draws that many classes i (in turn, in
             random order, from torch's generator) and takes every j: an unbiased estimate of L for very many
             classes.
-        backend: "auto" or "reference"; there is no kernel in it, so "native" raises.
+        backend: "auto" or "reference"; it has no native kernel, so "native" raises.
 
     Returns:
         float32 [C, D] (float64 for float64 prototypes), without gradient.
@@ -232,7 +232,7 @@ def _push_apart(
     lr: float,
     batch: int | None,
 ) -> Tensor:
-    """`odpp` of classes [C, D] that all have an old prototype; a zero row of `new` is no class."""
+    """`odpp` of classes [C, D] that all have an old prototype; a zero row of `new` is not a class."""
     classes = len(old)
     drawn = classes if batch is None else min(batch, classes)
     pairs = drawn * (classes - 1)

@@ -39,7 +39,7 @@ LFS = b"version https://git-lfs"
 def read_npy(name: str, path: Path, *, vectors: bool) -> NpyFile:
     """The array in a file, memory-mapped; ValueError, naming the option `name`, for anything else.
 
-    `vectors` says what is looked for, for the advice alone.
+    `vectors` says what is looked for; only the advice depends on it.
     """
     file = f"`{shown(path)}`"
     try:
@@ -51,7 +51,7 @@ def read_npy(name: str, path: Path, *, vectors: bool) -> NpyFile:
             head = opened.read(HEAD)
             opened.seek(0)
             if not head.startswith(np.lib.format.MAGIC_PREFIX):
-                what = _told(head, opened, path, status.st_size, vectors)
+                what = _described(head, opened, path, status.st_size, vectors)
                 raise ValueError(f"`{name}` must be a .npy file of numbers: {file} {what}")
             _check_header(f"`{name}` must be a .npy file of numbers: {file}", opened, status.st_size)
         return NpyFile(shown(path), np.load(path, mmap_mode="r", allow_pickle=False))
@@ -82,7 +82,7 @@ def _check_header(refused: str, opened: BinaryIO, size: int) -> None:
         )
 
 
-def _told(head: bytes, opened: BinaryIO, path: Path, size: int, vectors: bool) -> str:
+def _described(head: bytes, opened: BinaryIO, path: Path, size: int, vectors: bool) -> str:
     """What a file is that begins like this, and how it becomes a `.npy` file."""
 
     def convert(code: str, part: str = "") -> str:
@@ -100,7 +100,7 @@ def _told(head: bytes, opened: BinaryIO, path: Path, size: int, vectors: bool) -
         if head.startswith(start):
             return f"is {kind}; {convert(code)}"
     if head.startswith(b"PK\x03\x04"):
-        return _told_zip(opened, convert)
+        return _described_zip(opened, convert)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "is a pickle, which may run any code when it is read; where it was made, use numpy.save"
     if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < size:
@@ -116,9 +116,9 @@ def _told(head: bytes, opened: BinaryIO, path: Path, size: int, vectors: bool) -
     return f"is text; {convert(TEXT, _columns(text, vectors))}"
 
 
-def _told_zip(opened: BinaryIO, convert: Callable[..., str]) -> str:
+def _described_zip(opened: BinaryIO, convert: Callable[..., str]) -> str:
     try:
-        with zipfile.ZipFile(opened) as archive:  # its list alone: nothing is unpacked
+        with zipfile.ZipFile(opened) as archive:  # only its list: nothing is unpacked
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return "is a damaged zip archive; copy it again"

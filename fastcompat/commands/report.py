@@ -45,7 +45,7 @@ def figure(lines: list[Line], *, title: str, subtitle: str, caption: str, old_ma
         below = fig.text(0.012, 0.895, subtitle, fontsize=10, color=QUIET, va="top")
         foot = fig.text(0.012, 0.022, caption, fontsize=9, color=QUIET, va="bottom", linespacing=1.4)
         for text in (heading, below, foot):
-            text.set_parse_math(False)  # a dollar sign in a file's name is no formula
+            text.set_parse_math(False)  # a dollar sign in a file's name is not a formula
         _panel(quality, "Search quality (mAP)")
         _panel(lost, "Right before the upgrade, wrong now (top-1)")
         quality_ends: list[tuple[float, str, str]] = [(old_map, "old model", FAINT)]

@@ -37,12 +37,12 @@ def warned_once() -> Iterator[None]:
 
 
 def shown(name: str | os.PathLike[str]) -> str:
-    """A file's name as it is; bytes that are no UTF-8 and control characters as Python writes them."""
+    """A file's name as it is; bytes that are not UTF-8 and control characters as Python writes them."""
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in os.fspath(name))
 
 
 def _escaped(letter: str) -> str:
-    surrogate = "\udc80" <= letter <= "\udcff"  # how Python keeps a byte that is no UTF-8
+    surrogate = "\udc80" <= letter <= "\udcff"  # how Python keeps a byte that is not UTF-8
     return f"\\x{ord(letter) - 0xDC00:02x}" if surrogate else letter.encode("unicode_escape").decode()
 
 

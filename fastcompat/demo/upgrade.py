@@ -119,7 +119,7 @@ def _run(data: ImageSet, parts: Split, seed: int, recipe: Recipe) -> Upgrade:
     old_score = judge(query_old, gallery_old)
     candidates: list[Candidate] = []
     for name, compatible in losses.items():
-        # Same seed for all: they differ in the loss alone. Not the old model's: equal initial heads would
+        # Same seed for all: they differ only in the loss. Not the old model's: equal initial heads would
         # align an "independent" model with the old one.
         new = _network(images[0], recipe.new_widths, recipe, seed + 1)
         fit(

@@ -255,7 +255,7 @@ def metric_compatible_loss(
         labels: int64 [B]; a row with a negative label has no positives, and is a negative of every other row.
         temperature: above 0; a float or a 0-dim tensor that may require grad.
         positives: "sum_in_log" or "mean_out".
-        shared_negatives: False gives each term its own negatives alone (the single-system ablation).
+        shared_negatives: False gives each term only its own negatives (the single-system ablation).
         normalize: L2-normalise everything first.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).

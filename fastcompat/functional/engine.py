@@ -76,7 +76,7 @@ def topk(
 
     Takes tensors, NumPy arrays, lists, data frames and their columns (by position, the index is ignored), and
     returns tensors for a tensor `query`, else NumPy arrays. No gradient. The order is that of the scores in
-    float32, each of which is computed from its pair alone, by one arithmetic, here and in `ranks`::
+    float32, each of which depends only on its pair and has the same bits here and in `ranks`::
 
         cosine  <q, k> / (|q| |k|)      off by at most (D + 8) 2^-24
         ip      <q, k>                  off by at most (D + 8) 2^-24 |q| |k|
@@ -209,7 +209,7 @@ def contrastive(
     scalar = positives == "sum_in_log" and reduction != "none"
     if native and scalar and _autograd.fuses(problem):
         loss = _autograd.softmax_loss(problem, reduction == "mean", eps)
-        if parts.is_zero(loss):  # for want of positives? To count them one column is enough
+        if parts.is_zero(loss):  # because there are no positives? One column is enough to count them
             with torch.no_grad():
                 column = problem._replace(query=problem.query[:, :1], keys=problem.keys[:, :1])
                 parts.warn_without_positives(_autograd.softmax_stats(column).pos_count > 0)

@@ -50,7 +50,7 @@ def class_targets(labels: Tensor, classes: int) -> Tensor:
 
 
 def class_rows(matrix: Tensor, target: Tensor) -> Tensor:
-    """`matrix[target]` [B, D], any row where a target is -1 or too large (the caller spoils those)."""
+    """`matrix[target]` [B, D], an arbitrary row where a target is -1 or too large (to be replaced)."""
     if not matrix.shape[0]:
         return matrix.new_zeros(target.shape[0], matrix.shape[1])
     return matrix[target.clamp(0, matrix.shape[0] - 1)]
@@ -113,7 +113,7 @@ def hardest_logits(
     k: int,
 ) -> Tensor:
     """The logits of each row's k hardest negatives [B, k], -inf where there are fewer."""
-    # A search refuses NaN; a loss lets it through, so search finite copies and spoil the result afterwards.
+    # A search refuses NaN; a loss lets it through, so search finite copies and set NaN afterwards.
     finite = [torch.nan_to_num(x.detach(), nan=0.0, posinf=0.0, neginf=0.0) for x in (query, keys)]
     _, ids = _search.topk(
         [Segment(finite[0], finite[1])],

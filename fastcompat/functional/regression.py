@@ -25,7 +25,7 @@ def fct_loss(
         pred: [B, D], `r`, the transformed old features.
         target: [B, D], `n`, the new model's features of the same items; never gets a gradient.
         reduction: "mean", "sum" or "none" over the rows.
-        backend: "auto" or "reference"; there is no kernel in it, so "native" raises.
+        backend: "auto" or "reference"; it has no native kernel, so "native" raises.
 
     Returns:
         float32, 0-dim or [B].

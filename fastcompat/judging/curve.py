@@ -149,7 +149,7 @@ def backfill_curve(
         query_new: [Q, D_new], the same queries in the new space.
         new: [N, D_new].
         query_labels: [Q] whole numbers, or strings on both sides. A gallery item with the same label is
-            relevant; a negative label equals none (a warning says so where there are others than -1).
+            relevant; a negative label equals none (a warning says so where there are any but -1).
         gallery_labels: [N].
         order: [N] whole numbers, a permutation of the gallery ids, first to be backfilled first (None:
             random from `seed`).

@@ -38,7 +38,7 @@ class RetrievalMetrics(Generic[Array]):
     Attributes:
         map: mean average precision, mAP (mAP@K if `map_at=K` was given).
         cmc: `cmc[k]`, share of the queries with a relevant item among the first k.
-        recall: `recall[k]`, share of a query's relevant items that stand among its first k, averaged.
+        recall: `recall[k]`, share of a query's relevant items that are among its first k, averaged.
         map_at_r: mAP@R.
         skipped: number of queries with no relevant item, left out of every figure.
         per_query: the same four figures query by query.
@@ -95,7 +95,7 @@ def retrieval_metrics(
             `fastcompat.topk` takes; anything but a tensor gives NumPy arrays in `.per_query`.
         gallery: [N, D]. Of two dtypes the wider one is computed in; a narrower gallery is copied into it.
         query_labels: [Q] whole numbers, or strings on both sides. A negative label equals no label (a warning
-            says so where there are others than -1).
+            says so where there are any but -1).
         gallery_labels: [N].
         ks: the cut-offs k of CMC@k and Recall@k.
         metric: "cosine", "ip" or "l2".

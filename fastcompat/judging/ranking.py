@@ -153,7 +153,7 @@ class Relevant:
 
 
 def best_first(ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks [..., P] ascending with the padding (-1) behind all, and how many are no padding [...]."""
+    """Ranks [..., P] ascending with the padding (-1) last, and how many are not padding [...]."""
     padding = ranks < 0
     return ranks.masked_fill(padding, BEHIND_ALL).sort(-1).values, (~padding).sum(-1)
 

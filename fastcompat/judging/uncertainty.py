@@ -102,9 +102,9 @@ def _uncertainty(query: Tensor, keys: Tensor, kind: str, scale: float | Tensor, 
     if kind == "margin":
         second: Tensor = scale * (best[:, 1] - best[:, 0]) - torch.logaddexp(
             neg, pos
-        )  # log p(2), -inf of one class alone
+        )  # log p(2), -inf if there is only one class
         return rest + second.exp()
     most = math.log(max(1, len(keys) - 1))
-    among_others = (neg - (query.double() * mean).sum(1)).clamp(0, most)  # of one class alone: -inf
+    among_others = (neg - (query.double() * mean).sum(1)).clamp(0, most)  # -inf if there is only one class
     two: Tensor = torch.special.entr(rest) + (1 - rest) * F.softplus(neg - pos)
     return two + rest * among_others

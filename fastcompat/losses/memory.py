@@ -87,7 +87,7 @@ class MemoryQueue(nn.Module):
             enters = newest == row
             arriving = (embeddings[enters], labels[enters], positions[enters])
             place = (enters.cumsum(0) - 1)[newest]
-        # New tensors instead of writes in place: a loss of an earlier batch may still want its keys back.
+        # New tensors instead of writes in place: a loss of an earlier batch may still need its keys.
         joined = [
             torch.cat((old, new.to(old)))[-self.size :] for old, new in zip(held, arriving, strict=True)
         ]

@@ -105,7 +105,7 @@ def topk(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _cosine_topk(dtype: torch.dtype, device: torch.device) -> str:
-    """No score is exact here, so a key may stand in for another whose score is as good up to rounding."""
+    """No score is exact here, so a key may replace another whose score is as good up to rounding."""
     query, keys = vectors("near", "ip", dtype)
     truth = torch.nn.functional.normalize(query.double()) @ torch.nn.functional.normalize(keys.double()).T
     best = truth.topk(FEW).values

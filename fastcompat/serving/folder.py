@@ -43,7 +43,7 @@ class _DamagedError(ValueError):
 
 
 def save(folder: Path, form: str, contents: Contents, constant: Sequence[str], known: Known) -> None:
-    """Replace what the folder holds by the arrays and values of `contents()`, called once nobody else saves.
+    """Replace what the folder holds by the arrays and values of `contents()`, called when no other save runs.
 
     `known` belongs to the object that is saved and is kept up here: an object that was loaded from this
     folder or saved to it is refused where someone else has saved since, and its `constant` arrays are not
@@ -159,7 +159,7 @@ def _manifest(folder: Path, form: str) -> Manifest:
 
     Raises:
         OSError: it is there and cannot be read.
-        _DamagedError: it is no JSON object, or says it is ours and is not as `save` wrote it.
+        _DamagedError: it is not a JSON object, or it says it is ours and is not as `save` wrote it.
     """
     file = folder / MANIFEST
     try:
@@ -214,10 +214,10 @@ def _read(folder: Path, entry: Manifest) -> np.ndarray[Any, Any]:
             raise ValueError("it lies in another folder")
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         found = np.load(file, mmap_mode="c", allow_pickle=False)
         if not isinstance(found, np.memmap):
-            raise ValueError("it is no .npy file")
+            raise ValueError("it is not a .npy file")
         if entry["bfloat16"] and found.dtype != np.int16:
             raise ValueError(f"bfloat16 is kept as int16, and it holds {found.dtype}")
         if found.offset + found.nbytes != status.st_size:

@@ -39,7 +39,7 @@ class _State:
         return (~self.backfilled).nonzero()[:, 0], self.backfilled.nonzero()[:, 0]
 
     def packed(self, part: Segment, metric: str, names: tuple[str, str]) -> Tensor:
-        """The keys as the search kernels want them, from the second search of this state on; else empty."""
+        """The keys in the form that the kernels read, from the second search of this state on; else empty."""
         name = (names, _native.simd())
         packed = self._packed.get(name)
         if packed is None and name in self._packed:
@@ -74,7 +74,7 @@ class MixedGallery:
         scale: factors of the old and of the new scores.
         offset: numbers added to the old and to the new scores.
         ids: [N] whole numbers below 2^63, the items' own ids, each once and none -1 (None: 0 .. N-1). Of two
-            equal scores the item that stands first in the gallery comes first.
+            equal scores the item that is earlier in the gallery comes first.
         backend: "auto", "native" or "reference".
 
     Raises:

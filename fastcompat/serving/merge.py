@@ -151,7 +151,7 @@ def _checked(results: Any) -> tuple[list[tuple[Tensor, Tensor]], bool]:
 
 
 def _refuse_unsorted(lists: list[tuple[Tensor, Tensor]]) -> None:
-    """Scores that are not best first are no scores: distances, or places of another order."""
+    """Scores that are not best first are not scores: distances, or places of another order."""
     for i, (scores, ids) in enumerate(lists):
         filled = ids != -1
         # The lowest score so far: an empty slot neither is one nor breaks the order.

@@ -40,7 +40,7 @@ class Transform(nn.Module):
     def __init__(self, inputs: dict[str, int], outputs: tuple[str, ...], options: dict[str, Any]) -> None:
         super().__init__()
         self.inputs, self.outputs = inputs, outputs
-        # The file takes Python's own numbers alone.
+        # The file holds only Python's own numbers.
         self.options = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
         self.fitted = False
 

@@ -72,7 +72,7 @@ class Training:
         body = nn.ModuleList(modules)
         device = next(body.parameters()).device
         for module in modules:
-            module.fitted = False  # until this ends: an interrupted training has spoiled the weights
+            module.fitted = False  # until this ends: an interrupted training leaves the weights unusable
         with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             reset(body)

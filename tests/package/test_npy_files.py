@@ -168,7 +168,7 @@ TOLD: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", TOLD)
-def test_what_is_no_array_is_told(kind: str, tmp_path: Path) -> None:
+def test_what_is_not_an_array_is_described(kind: str, tmp_path: Path) -> None:
     make, told = TOLD[kind]
     path = tmp_path / "old.npy"
     make(path)
