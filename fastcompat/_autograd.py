@@ -23,6 +23,7 @@ from ._types import SoftmaxOperands, SoftmaxProblem, SoftmaxStats
 
 _by_operand: Any = SoftmaxOperands  # the same names for what is saved, wanted or found of each operand
 _NO_GRADIENTS = _by_operand(*(None,) * len(SoftmaxOperands._fields))
+_SCALE = SoftmaxOperands._fields.index("scale")  # the one that is not a tensor
 _TWICE = (
     "fastcompat's native kernels have no second derivative; call the function with "
     'backend="reference" to differentiate twice'
@@ -47,10 +48,10 @@ class _SoftmaxStats(torch.autograd.Function):
     @runs_exactly
     def forward(ctx: Any, want_mean: bool, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         neg_lse, pos_lse, pos_sum, pos_count, mean = _ops.softmax_stats(*operands, want_mean)
-        ctx.scale = SoftmaxOperands(*operands).scale
+        ctx.scale = operands[_SCALE]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pos_count)
-        _save(ctx, *_by_operand(*operands)._replace(scale=None), neg_lse, pos_lse, mean)
+        _save(ctx, *operands[:_SCALE], None, *operands[_SCALE + 1 :], neg_lse, pos_lse, mean)
         return neg_lse, pos_lse, pos_sum, pos_count
 
     @staticmethod
@@ -60,7 +61,7 @@ class _SoftmaxStats(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         saved = _saved(ctx)
         *operands, neg_lse, pos_lse, mean = saved
-        problem = _by_operand(*operands)._replace(scale=ctx.scale)
+        problem = (*operands[:_SCALE], ctx.scale, *operands[_SCALE + 1 :])
         want = _by_operand(*ctx.needs_input_grad[1:])
         grads = (grad_neg, grad_pos, grad_sum)
         if all(grad is None for grad in grads):

@@ -95,6 +95,18 @@ def matched(query: Tensor, keys: Tensor, normalize: bool, eps: float | None = No
     return query.to(dtype), keys.to(dtype)
 
 
+def matched_or_deferred(
+    query: Tensor, keys: Tensor, normalize: bool, eps: float | None
+) -> tuple[Tensor, Tensor, float | None]:
+    """`matched`, or float32 sides as they are and the `eps` to normalise them by.
+
+    The fused loss knows its gradient, and takes that of the normalisation along at less cost.
+    """
+    if normalize and query.dtype == keys.dtype == torch.float32:
+        return query, keys, smallest_norm(query.dtype, eps)
+    return *matched(query, keys, normalize, eps), None
+
+
 def paired_products(a: Tensor, b: Tensor, normalize: bool, eps: float | None = None) -> Tensor:
     """`<a_i, b_i>` [B] in float32 or wider, of the same rounded values that `matched` gives to the engine."""
     a, b = (_checks.savable(x) for x in matched(a, b, normalize, eps))

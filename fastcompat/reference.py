@@ -195,7 +195,7 @@ def refuse_nonfinite(query: Tensor, keys: Tensor, rows: Tensor | None = None, se
 
 def refuse_overflow(beyond: Tensor) -> None:
     """Raise ScoreOverflowError for the first query with a score [B, ...] that is beyond the numbers."""
-    if _checks.eager() and beyond.any():
+    if _checks.eager() and not beyond.is_meta and beyond.any():
         raise _checks.ScoreOverflowError(int(beyond.flatten(1).any(1).nonzero()[0]))
 
 

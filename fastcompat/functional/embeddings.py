@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
-from .._normalise import matched, paired_products, smallest_norm
+from .._normalise import matched, matched_or_deferred, paired_products
 from .._types import Backend, Positives, Reduction, SoftmaxProblem
 from . import parts
 from .engine import check_sets, contrastive, row_stats
@@ -61,13 +61,10 @@ def contrastive_loss(
     _checks.embeddings("keys", keys, "query", query)
     check_sets(query, keys, query_labels, key_labels, positive, exclude)
     scale = parts.inverse_temperature(temperature, "query", query)
-    plain = query.dtype == keys.dtype == torch.float32  # may be normalised where the gradient is known
-    if not plain:
-        query, keys = matched(query, keys, normalize, eps)
+    query, keys, unit_eps = matched_or_deferred(query, keys, normalize, eps)
     native = _checks.use_native(backend, query)
     problem = SoftmaxProblem(query, keys, scale, None, query_labels, key_labels, positive, exclude)
-    later = smallest_norm(query.dtype, eps) if normalize and plain else None
-    return contrastive(native, problem, positives, reduction, later)
+    return contrastive(native, problem, positives, reduction, unit_eps)
 
 
 def simclr_loss(
