@@ -21,9 +21,8 @@ from ._autocast import runs_exactly
 from ._normalise import UnitRows, normalised
 from ._types import SoftmaxOperands, SoftmaxProblem, SoftmaxStats
 
-_by_operand: Any = SoftmaxOperands  # the same names for what is saved, wanted or found of each operand
-_NO_GRADIENTS = _by_operand(*(None,) * len(SoftmaxOperands._fields))
-_SCALE = SoftmaxOperands._fields.index("scale")  # the one that is not a tensor
+_OPERANDS = SoftmaxOperands._fields
+_SCALE = _OPERANDS.index("scale")  # the one that is not a tensor
 _TWICE = (
     "fastcompat's native kernels have no second derivative; call the function with "
     'backend="reference" to differentiate twice'
@@ -62,32 +61,33 @@ class _SoftmaxStats(torch.autograd.Function):
         saved = _saved(ctx)
         *operands, neg_lse, pos_lse, mean = saved
         problem = (*operands[:_SCALE], ctx.scale, *operands[_SCALE + 1 :])
-        want = _by_operand(*ctx.needs_input_grad[1:])
+        want = dict(zip(_OPERANDS, ctx.needs_input_grad[1:], strict=True))
+        found: dict[str, Tensor | None] = {}
         grads = (grad_neg, grad_pos, grad_sum)
         if all(grad is None for grad in grads):
-            return None, *_NO_GRADIENTS
-        dquery = dkeys = dscale = dbias = None
+            return (None,) * (1 + len(_OPERANDS))
         with torch.no_grad():
-            if want.query or want.scale_tensor:
+            if want["query"] or want["scale_tensor"]:
                 dquery, by_row = _ops.softmax_query_grad(*problem, neg_lse, pos_lse, mean, *grads)
-                dquery = dquery if want.query else None
-                dscale = ctx.scale * by_row.sum() if want.scale_tensor else None
-            if want.keys or want.bias:
-                wanted = (want.keys, want.bias)
+                found["query"] = dquery if want["query"] else None
+                found["scale_tensor"] = ctx.scale * by_row.sum() if want["scale_tensor"] else None
+            if want["keys"] or want["bias"]:
+                wanted = (want["keys"], want["bias"])
                 dkeys, dbias = _ops.softmax_key_grad(*problem, neg_lse, pos_lse, *grads, *wanted)
-                dkeys, dbias = dkeys if want.keys else None, dbias if want.bias else None
+                found["keys"] = dkeys if want["keys"] else None
+                found["bias"] = dbias if want["bias"] else None
+        result = tuple(found.get(name) for name in _OPERANDS)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = (dquery, dkeys, dscale, dbias)
-            dquery, dkeys, dscale, dbias = _NoDoubleBackward.apply(*found, *saved, *grads)  # type: ignore[no-untyped-call]
-        return None, *_NO_GRADIENTS._replace(query=dquery, keys=dkeys, scale_tensor=dscale, bias=dbias)
+            result = _NoDoubleBackward.apply(len(result), *result, *saved, *grads)  # type: ignore[no-untyped-call]
+        return None, *result
 
 
 class _NoDoubleBackward(torch.autograd.Function):
     """Hands first derivatives through and refuses the second."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        return inputs[:4]
+    def forward(ctx: Any, count: int, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return inputs[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -130,7 +130,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             with torch.no_grad():
                 dquery, dkeys = (torch.where(found == 0, 0, found * grad) for found in (dquery, dkeys))
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                dquery, dkeys, *_ = _NoDoubleBackward.apply(dquery, dkeys, None, None, query, keys, grad)  # type: ignore[no-untyped-call]
+                dquery, dkeys = _NoDoubleBackward.apply(2, dquery, dkeys, query, keys, grad)  # type: ignore[no-untyped-call]
         want_query, want_keys, *_ = ctx.needs_input_grad
         return (dquery if want_query else None, dkeys if want_keys else None, None, None)
 
@@ -147,7 +147,7 @@ def _operands(problem: SoftmaxProblem) -> SoftmaxOperands:
     operands = SoftmaxOperands(query, keys, factor, scale_tensor, *rest)
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
         # Dynamo refuses one tensor in two places (one label vector for both sides): pass views.
-        operands = _by_operand(*(x.view_as(x) if isinstance(x, Tensor) else x for x in operands))
+        operands = SoftmaxOperands._make(x.view_as(x) if isinstance(x, Tensor) else x for x in operands)
     return operands
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._torch_hooks import constant_when_compiled
-from ._types import SoftmaxOperands, split_operands
+from ._types import SoftmaxOperands
 
 try:
     from . import _C  # type: ignore[attr-defined,unused-ignore]
@@ -273,9 +273,8 @@ def pack(keys: Tensor, rows: Tensor | None, metric: str) -> Tensor:
     return packed
 
 
-def softmax_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def softmax_stats(problem: SoftmaxOperands, want_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `fastcompat::softmax_stats`."""
-    problem, (want_mean,) = split_operands(arguments)
     query = problem.query
     call = _Call(query)
     rows, dim = query.shape
@@ -295,9 +294,8 @@ def softmax_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     return neg_lse, pos_lse, pos_sum, pos_count, mean
 
 
-def softmax_query_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The op `fastcompat::softmax_query_grad`."""
-    problem, vectors = split_operands(arguments)  # neg_lse, pos_lse, mean, three gradients
+def softmax_query_grad(problem: SoftmaxOperands, *vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The op `fastcompat::softmax_query_grad`; `vectors`: neg_lse, pos_lse, mean, three gradients."""
     query = problem.query
     call = _Call(query)
     dquery = query.new_empty(query.shape)
@@ -312,9 +310,9 @@ def softmax_query_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
     return dquery, dscale
 
 
-def softmax_key_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
+def softmax_key_grad(problem: SoftmaxOperands, *rest: Any) -> tuple[Tensor, Tensor]:
     """The op `fastcompat::softmax_key_grad`."""
-    problem, (*vectors, want_keys, want_bias) = split_operands(arguments)
+    *vectors, want_keys, want_bias = rest
     keys = problem.keys
     call = _Call(keys)
     rows, dim = keys.shape
@@ -330,9 +328,10 @@ def softmax_key_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
     return dkeys, dbias
 
 
-def softmax_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_loss(
+    problem: SoftmaxOperands, mean: bool, want_query: bool, want_keys: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op `fastcompat::softmax_loss`."""
-    problem, (mean, want_query, want_keys) = split_operands(arguments)
     query, keys = problem.query, problem.keys
     call = _Call(query)
     loss = query.new_empty((), dtype=torch.float32)

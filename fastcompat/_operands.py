@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._native import DTYPES, METRICS
-from ._types import SoftmaxOperands, split_operands
+from ._types import SoftmaxOperands
 
 
 def _matrix(name: str, x: Tensor | None) -> tuple[int, int]:
@@ -77,27 +77,27 @@ def _softmax_grad(
         _fits(name, x, torch.float32, (rows,))
 
 
-def softmax_stats(*arguments: Any) -> None:
+def softmax_stats(problem: SoftmaxOperands, *_: Any) -> None:
     """Operands of `fastcompat::softmax_stats`."""
-    _softmax(split_operands(arguments)[0])
+    _softmax(problem)
 
 
-def softmax_loss(*arguments: Any) -> None:
+def softmax_loss(problem: SoftmaxOperands, *_: Any) -> None:
     """Operands of `fastcompat::softmax_loss`."""
-    _softmax(split_operands(arguments)[0])
+    _softmax(problem)
 
 
-def softmax_query_grad(*arguments: Any) -> None:
+def softmax_query_grad(problem: SoftmaxOperands, *vectors: Tensor | None) -> None:
     """Operands of `fastcompat::softmax_query_grad`."""
-    problem, (neg_lse, pos_lse, mean, *grads) = split_operands(arguments)
+    neg_lse, pos_lse, mean, *grads = vectors
     rows, _, dim = _softmax(problem)
     _softmax_grad(rows, neg_lse, pos_lse, grads)
     _needs("mean", mean, torch.float32, (rows, dim))
 
 
-def softmax_key_grad(*arguments: Any) -> None:
+def softmax_key_grad(problem: SoftmaxOperands, *rest: Any) -> None:
     """Operands of `fastcompat::softmax_key_grad`."""
-    problem, (neg_lse, pos_lse, *grads, _, _) = split_operands(arguments)
+    neg_lse, pos_lse, *grads, _, _ = rest
     rows, _, _ = _softmax(problem)
     _softmax_grad(rows, neg_lse, pos_lse, grads)
 

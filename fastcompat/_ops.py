@@ -56,7 +56,13 @@ def _checked(name: str) -> Callable[..., Any]:
         check(*arguments)
         return kernel(*arguments)
 
-    return run
+    return _of_problem(run) if name.startswith("softmax") else run
+
+
+def _of_problem(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(problem, *rest)` as a function of the operator's flat arguments."""
+    count = len(SoftmaxOperands._fields)
+    return lambda *arguments: run(SoftmaxOperands._make(arguments[:count]), *arguments[count:])
 
 
 def _direct(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +135,7 @@ softmax_stats = _direct("softmax_stats", _checked("softmax_stats"))
 softmax_query_grad = _direct("softmax_query_grad", _checked("softmax_query_grad"))
 softmax_key_grad = _direct("softmax_key_grad", _checked("softmax_key_grad"))
 # Only for `_autograd`, whose callers have checked: the checks are 2 % of a small loss.
-softmax_loss = _direct("softmax_loss", _native.softmax_loss)
+softmax_loss = _direct("softmax_loss", _of_problem(_native.softmax_loss))
 topk = _direct("topk", _checked("topk"))
 pair_scores = _direct("pair_scores", _checked("pair_scores"))
 count_beats = _direct("count_beats", _checked("count_beats"))

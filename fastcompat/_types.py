@@ -44,12 +44,6 @@ class SoftmaxOperands(NamedTuple):
     exclude: Tensor | None
 
 
-def split_operands(arguments: tuple[Any, ...]) -> tuple[SoftmaxOperands, tuple[Any, ...]]:
-    """The softmax problem that an operator's arguments begin with, and the arguments after it."""
-    count = len(SoftmaxOperands._fields)
-    return SoftmaxOperands(*arguments[:count]), arguments[count:]
-
-
 class SoftmaxStats(NamedTuple):
     """Row statistics of the logits: float32 [B] (float64 for float64 inputs), the count int64 [B]."""
 
