@@ -3,7 +3,7 @@
 // shared inline function for code that runs on older machines.
 #include <cstring>
 
-#include "half.h"
+#include "float_bits.h"
 #include "tile.inl"
 // order matters
 #ifdef FASTCOMPAT_AMX
@@ -15,7 +15,7 @@
 // order matters
 #include "softmax.inl"
 // order matters
-#include "kept.inl"
+#include "cached_probs.inl"
 // order matters
 #include "select.inl"
 // order matters
@@ -25,13 +25,13 @@
 // order matters
 #include "candidates.inl"
 // order matters
-#include "few.inl"
+#include "screen_streaming.inl"
 // order matters
-#include "rounded.inl"
+#include "screen_quantised.inl"
 // order matters
 #include "topk.inl"
 // order matters
-#include "intervals.inl"
+#include "histogram.inl"
 // order matters
 #include "ranks.inl"
 

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <utility>
 
-#include "half.h"
+#include "float_bits.h"
 #include "plan.h"
 #include "pool.h"
 

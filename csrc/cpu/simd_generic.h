@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "half.h"
+#include "float_bits.h"
 
 namespace {
 

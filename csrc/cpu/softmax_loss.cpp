@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "kept.h"
+#include "cached_probs.h"
 #include "pool.h"
 
 namespace fastcompat {

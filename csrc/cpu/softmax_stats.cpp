@@ -4,8 +4,8 @@
 #include <memory>
 #include <utility>
 
-#include "groups.h"
-#include "kept.h"
+#include "label_groups.h"
+#include "cached_probs.h"
 #include "plan.h"
 #include "pool.h"
 

@@ -28,7 +28,7 @@ FAULTS = {
         ("softmax_loss",),
     ),
     "cached exponentials are read with the shift of the first block": Fault(
-        "kept.inl",
+        "cached_probs.inl",
         "item.kept.shifts + block * item.kept.queries + q",
         "item.kept.shifts + 0 * block + q",
         ("softmax_loss",),
@@ -91,13 +91,13 @@ FAULTS = {
         "topk.inl", "first, n, item.bad, ws)", "item.begin, n, item.bad, ws)", ("pack",)
     ),
     "a rank goes to the larger id": Fault(
-        "intervals.inl",
+        "histogram.inl",
         "score == score ? standing_of(score, id) : INT64_MIN;",
         "score == score ? standing_of(score, -id) : INT64_MIN;",
         ("count_beats",),
     ),
     "more targets than a table numbers": Fault(
-        "intervals.inl",
+        "histogram.inl",
         "(most < kMostBelow ? most : targets) - least",
         "most - least",
         ("count_beats",),

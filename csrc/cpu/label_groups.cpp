@@ -1,4 +1,4 @@
-#include "groups.h"
+#include "label_groups.h"
 
 #include <cstddef>
 
