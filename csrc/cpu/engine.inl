@@ -53,8 +53,8 @@ void beats_item(const BeatsItem& item, Workspace& ws) {
   with_search_arithmetic(item.segment->keys, item.metric, [&](auto a) { beats_with<decltype(a)>(item, ws); });
 }
 
-void pairs_item(const PairItem& item, Workspace& ws) {
-  with_search_arithmetic(item.segment->keys, item.metric, [&](auto a) { pairs_with<decltype(a)>(item, ws); });
+void pair_scores_item(const PairItem& item, Workspace& ws) {
+  with_search_arithmetic(item.segment->keys, item.metric, [&](auto a) { pair_scores_with<decltype(a)>(item, ws); });
 }
 
 void forward_item(const ForwardItem& item, Workspace& ws) {
@@ -71,8 +71,19 @@ namespace fastcompat {
 
 extern const Kernels FASTCOMPAT_TABLE;
 const Kernels FASTCOMPAT_TABLE = {
-    FASTCOMPAT_NAME, NB,         forward_item, gradient_item, kept_item, topk_item, packed_floats,
-    pack_item,       beats_item, pairs_item,   factors,       store_row, load_row,
+    FASTCOMPAT_NAME,
+    NB,
+    forward_item,
+    gradient_item,
+    cached_gradient_item,
+    topk_item,
+    packed_floats,
+    pack_item,
+    beats_item,
+    pair_scores_item,
+    factors,
+    store_row,
+    load_row,
 };
 
 }  // namespace fastcompat

@@ -24,7 +24,7 @@ inline int32_t order_of(float x) {
 }
 
 // A score (no NaN) and its id as one number that is larger for the better of two: ties fall to the smaller id.
-inline int64_t standing_of(float score, int32_t id) {
+inline int64_t rank_code(float score, int32_t id) {
   return static_cast<int64_t>(order_of(score)) * (int64_t{1} << 32) + (0x7fffffff - id);
 }
 

@@ -1,21 +1,21 @@
 // The thresholds of a query, ascending, cut its scores into intervals; counting how many scores fall into each gives
-// all of its beat-counts. A score's interval is looked up: a rising map takes scores to places in a table, and the map
-// takes thresholds there by the same arithmetic, so a score in a place that holds no threshold is on the side of every
-// threshold that its place is on. The few in a place that does hold one are in doubt: bisection finds their interval.
+// all of its beat-counts. A score's interval is looked up: a rising map takes scores to bins in a table, and the map
+// takes thresholds there by the same arithmetic, so a score in a bin that holds no threshold is on the side of every
+// threshold that its bin is on. The few in a bin that does hold one are ambiguous: bisection finds their interval.
 // Most scores of a query tend to fall into one interval, its main one: two comparisons tell.
 
 namespace {
 
-constexpr int kMostBelow = (1 << 15) / L - 1;  // the table tells numbers of thresholds up to this one
+constexpr int kMaxThresholds = (1 << 15) / L - 1;  // the table tells numbers of thresholds up to this one
 
-// A lane's map from scores to places: (score - low) * factor + origin, kept in first .. last.
-struct PlaceMap {
+// A lane's map from scores to bins: (score - low) * factor + origin, kept in first .. last.
+struct BinMap {
   float low[L], factor[L], origin[L], first[L], last[L];
   float main_low[L], main_high[L];  // scores between them are in the main interval
   int32_t main[L];                  // thresholds below it
 
-  // Never an infinity times zero: NaN alone gives NaN, which goes to the first place, below all thresholds.
-  I place(F score, int v) const {
+  // Never an infinity times zero: NaN alone gives NaN, which goes to the first bin, below all thresholds.
+  I bin(F score, int v) const {
     const auto of = [&](const float* x) { return Simd::load(x + v * W); };
     const F at = Simd::fma(Simd::sub(score, of(low)), of(factor), of(origin));
     return Simd::truncate(Simd::min(Simd::max(at, of(first)), of(last)));
@@ -23,27 +23,27 @@ struct PlaceMap {
 };
 
 // A score and its id as one number that is larger for the better of two; NaN beats nothing.
-inline int64_t standing(float score, int32_t id) { return score == score ? standing_of(score, id) : INT64_MIN; }
+inline int64_t code_of(float score, int32_t id) { return score == score ? rank_code(score, id) : INT64_MIN; }
 
 // The sizes that all strips of an item share.
-struct IntervalSizes {
-  static constexpr int places = 256;  // of a lane: more would put fewer scores in doubt, but leave the first cache
+struct HistogramSizes {
+  static constexpr int bins = 256;  // of a lane: more would put fewer scores ambiguous, but leave the first cache
   int64_t targets;
-  int32_t doubt;  // a power of two above every L * number of thresholds that the table tells
+  int32_t ambiguous;  // a power of two above every L * number of thresholds that the table tells
 
-  explicit IntervalSizes(int64_t targets) : targets(targets), doubt(L) {
-    while (doubt < (smaller<int64_t>(targets, kMostBelow) + 1) * L) doubt *= 2;
+  explicit HistogramSizes(int64_t targets) : targets(targets), ambiguous(L) {
+    while (ambiguous < (smaller<int64_t>(targets, kMaxThresholds) + 1) * L) ambiguous *= 2;
   }
-  int64_t table_floats() const { return L * places / 2; }
-  int64_t counts() const { return targets * L < doubt ? 2 * doubt : (targets + 1) * L + doubt; }
+  int64_t table_floats() const { return L * bins / 2; }
+  int64_t counts() const { return targets * L < ambiguous ? 2 * ambiguous : (targets + 1) * L + ambiguous; }
 };
 
-struct Strip : IntervalSizes {
-  PlaceMap& map;
-  const int64_t* thresholds;  // [lanes][targets], ascending standings; padding last
+struct StripHistogram : HistogramSizes {
+  BinMap& map;
+  const int64_t* thresholds;  // [lanes][targets], ascending rank codes; padding last
   int lanes;
-  uint16_t* table;  // [L][places]: L * how many thresholds are below the place; with `doubt` where it holds some
-  int32_t* counts;  // [intervals][L]; what is in doubt is counted from `doubt` on until it is settled
+  uint16_t* table;  // [L][bins]: L * how many thresholds are below the bin; with `ambiguous` where it holds some
+  int32_t* counts;  // [intervals][L]; what is ambiguous is counted from `ambiguous` on until it is resolved
 
   int64_t real(int lane) const {
     int64_t n = lane < lanes ? targets : 0;
@@ -51,7 +51,7 @@ struct Strip : IntervalSizes {
     return n;
   }
   float score(int lane, int64_t r) const {
-    return float_of(static_cast<int32_t>(thresholds[lane * targets + r] >> 32));
+    return value_of(static_cast<int32_t>(thresholds[lane * targets + r] >> 32));
   }
 
   void prepare() {
@@ -64,33 +64,33 @@ struct Strip : IntervalSizes {
       while (low < high && score(lane, low) == -kInf) ++low;
       while (low < high && score(lane, high) == kInf) --high;
       const double from = low <= high ? score(lane, low) : 0, to = low <= high ? score(lane, high) : 0;
-      const double factor = (places - 4) / (to - from);
+      const double factor = (bins - 4) / (to - from);
       const bool finite = from - from == 0 && to - to == 0;
       map.low[lane] = finite ? static_cast<float>(from) : 0;
       map.factor[lane] = finite && factor < 1e30 ? static_cast<float>(factor) : 1e30f;
-      map.first[lane] = static_cast<float>(lane * places);
-      map.last[lane] = static_cast<float>(lane * places + places - 2);  // the next one says where its thresholds end
-      map.origin[lane] = static_cast<float>(lane * places + 1);
+      map.first[lane] = static_cast<float>(lane * bins);
+      map.last[lane] = static_cast<float>(lane * bins + bins - 2);  // the next one says where its thresholds end
+      map.origin[lane] = static_cast<float>(lane * bins + 1);
       map.main[lane] = 0;
       map.main_low[lane] = kInf;  // none yet
       map.main_high[lane] = -kInf;
     }
     const auto fill = [&](int lane, int to, int64_t below) {
-      const int64_t code = below > kMostBelow ? kMostBelow * L + doubt : below * L;
-      while (next[lane] < to) table[lane * places + next[lane]++] = static_cast<uint16_t>(code);
+      const int64_t entry = below > kMaxThresholds ? kMaxThresholds * L + ambiguous : below * L;
+      while (next[lane] < to) table[lane * bins + next[lane]++] = static_cast<uint16_t>(entry);
     };
     for (int64_t r = 0; r < most; ++r) {
       float limits[L];
       int32_t at[L];
       for (int lane = 0; lane < L; ++lane) limits[lane] = r < count[lane] ? score(lane, r) : 0;
-      for (int v = 0; v < NV; ++v) Simd::store(at + v * W, map.place(Simd::load(limits + v * W), v));
+      for (int v = 0; v < NV; ++v) Simd::store(at + v * W, map.bin(Simd::load(limits + v * W), v));
       for (int lane = 0; lane < L; ++lane) {
         if (r >= count[lane]) continue;
-        fill(lane, at[lane] - lane * places + 1, r);
-        table[at[lane]] |= static_cast<uint16_t>(doubt);
+        fill(lane, at[lane] - lane * bins + 1, r);
+        table[at[lane]] |= static_cast<uint16_t>(ambiguous);
       }
     }
-    for (int lane = 0; lane < L; ++lane) fill(lane, places, count[lane]);
+    for (int lane = 0; lane < L; ++lane) fill(lane, bins, count[lane]);
   }
 
   // Makes the interval with most scores so far the main one.
@@ -120,47 +120,47 @@ struct Strip : IntervalSizes {
     for (int lane = 0; lane < L; ++lane) counts[map.main[lane] * L + lane] += rows;
   }
 
-  // How many thresholds are below this standing, which falls to a place from `low` to `high`.
-  int64_t below(int lane, int32_t low, int32_t high, int64_t standing) const {
-    const int64_t least = (table[low] & (doubt - 1)) / L, most = (table[high + 1] & (doubt - 1)) / L;
+  // How many thresholds are below this rank code, which falls to a bin from `low` to `high`.
+  int64_t below(int lane, int32_t low, int32_t high, int64_t code) const {
+    const int64_t least = (table[low] & (ambiguous - 1)) / L, most = (table[high + 1] & (ambiguous - 1)) / L;
     const int64_t* from = thresholds + lane * targets + least;
-    for (int64_t n = (most < kMostBelow ? most : targets) - least; n > 0;) {
+    for (int64_t n = (most < kMaxThresholds ? most : targets) - least; n > 0;) {
       const int64_t half = (n + 1) / 2;
-      from += half & -static_cast<int64_t>(from[half - 1] < standing);
+      from += half & -static_cast<int64_t>(from[half - 1] < code);
       n -= half;
     }
     return from - (thresholds + lane * targets);
   }
 
-  // Counts n rows of scores by the lowest and the highest place [n][L] that a score may be in; lists those in doubt.
-  // One place (not TWO): low is high. `doubts` has room for one more.
+  // Counts n rows of scores by the lowest and the highest bin [n][L] that a score may be in; lists those ambiguous.
+  // One bin (not TWO): low is high. `unresolved` has room for one more.
   template <bool TWO>
-  int count(int n, const int32_t* low, const int32_t* high, int32_t* doubts) const {
-    int doubtful = 0;
+  int count(int n, const int32_t* low, const int32_t* high, int32_t* unresolved) const {
+    int n_unresolved = 0;
     for (int i = 0; i < n; ++i) {
       const int32_t *from = low + i * L, *to = high + i * L;
       uint32_t any = 0, differ = 0;
 #pragma GCC unroll 32
       for (int lane = 0; lane < L; ++lane) {
-        const uint32_t code = table[to[lane]];
-        ++counts[code + lane];
-        any |= code;
-        if (TWO) differ |= code ^ table[from[lane]];
+        const uint32_t entry = table[to[lane]];
+        ++counts[entry + lane];
+        any |= entry;
+        if (TWO) differ |= entry ^ table[from[lane]];
       }
-      if (differ | (any & doubt))
+      if (differ | (any & ambiguous))
         for (int lane = 0; lane < L; ++lane) {
-          const uint32_t code = table[to[lane]];
-          doubts[doubtful] = i * L + lane;
-          doubtful += ((code ^ table[from[lane]]) | (code & doubt)) != 0;
+          const uint32_t entry = table[to[lane]];
+          unresolved[n_unresolved] = i * L + lane;
+          n_unresolved += ((entry ^ table[from[lane]]) | (entry & ambiguous)) != 0;
         }
     }
-    return doubtful;
+    return n_unresolved;
   }
 
-  // Counts what was in doubt where it belongs.
-  void settle(int lane, int32_t low, int32_t high, int64_t standing) const {
+  // Counts what was ambiguous where it belongs.
+  void recount(int lane, int32_t low, int32_t high, int64_t code) const {
     --counts[table[high] + lane];
-    ++counts[below(lane, low, high, standing) * L + lane];
+    ++counts[below(lane, low, high, code) * L + lane];
   }
 };
 

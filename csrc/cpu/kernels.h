@@ -36,7 +36,7 @@ struct RowRange {
 };
 
 // Exponentials that a forward pass keeps for the key gradient, so that no score is computed twice.
-struct Kept {
+struct CachedProbs {
   float* exps;      // [block of keys][64 queries][key][64]: exp(z - shift), 0 for a pair that is left out
   float* shifts;    // [block of keys][queries]; -inf where all exps are 0
   int64_t queries;  // room for them: a multiple of 64
@@ -50,12 +50,12 @@ struct ForwardItem {
   const float* bias;           // [N] or null
   const int32_t* query_group;  // [B] or null: pairs of one group are left out
   const int32_t* key_group;    // [N]
-  const int64_t* left_out[2];  // [B] or null: one key of each query that is left out, -1 for none
+  const int64_t* ignored[2];   // [B] or null: one key of each query that is left out, -1 for none
   float* max;                  // [B] shift of the partial sums
   float* sum_exp;              // [B]
   float* sum;                  // [B] or null: sum of the logits
   float* mean;                 // [B, D] or null: sum of exp(z - max) * key, not normalised
-  Kept kept;                   // of these keys; null: nothing is kept
+  CachedProbs cached;          // of these keys; null: nothing is kept
 };
 
 // sum over rows of c * row for every lane, where c is the gradient of the loss with respect to a logit.
@@ -78,9 +78,9 @@ struct GradientItem {
 };
 
 // The gradient of some float32 keys from the exponentials that a forward pass over all these queries kept.
-struct KeptItem {
+struct CachedGradientItem {
   RowRange query, keys;
-  Kept kept;  // of these keys
+  CachedProbs cached;  // of these keys
   float scale;
   const float *neg_lse, *g_neg;  // [queries]; an empty set has lse = +inf and gradient 0
   const float* g_pos;
@@ -123,7 +123,7 @@ struct BeatsItem {
   int64_t begin, end;  // positions
   const int64_t* bounds;
   int64_t blocks;
-  const int64_t* thresholds;  // [B, P] ascending: standing_of(score, id), and INT64_MAX for what nothing beats
+  const int64_t* thresholds;  // [B, P] ascending: rank_code(score, id), and INT64_MAX for what nothing beats
   const int32_t* columns;     // [B, P] where each threshold stood
   int64_t targets;
   const int64_t* exclude;
@@ -154,7 +154,7 @@ struct Kernels {
   int pack_rows;  // rows of a packed block
   void (*forward)(const ForwardItem&, Workspace&);
   void (*gradient)(const GradientItem&, Workspace&);
-  void (*kept_gradient)(const KeptItem&, Workspace&);
+  void (*cached_gradient)(const CachedGradientItem&, Workspace&);
   void (*topk)(const TopkItem&, Workspace&);
   int64_t (*packed_floats)(const Matrix& keys, Metric metric);  // of a packed block; 0: no such keys are packed
   void (*pack)(const PackItem&, Workspace&);

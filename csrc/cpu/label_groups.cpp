@@ -56,7 +56,7 @@ void list_rows(const std::vector<int32_t>& group, int64_t count, std::vector<int
 
 }  // namespace
 
-Groups::Groups(const int64_t* query_labels, int64_t queries, const int64_t* key_labels, int64_t keys) {
+LabelGroups::LabelGroups(const int64_t* query_labels, int64_t queries, const int64_t* key_labels, int64_t keys) {
   LabelTable table(queries);
   query_group.resize(static_cast<size_t>(queries));
   key_group.resize(static_cast<size_t>(keys));

@@ -17,7 +17,7 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 constexpr int64_t kFactorRows = 512;
-constexpr int64_t kFewestLanes = 256;          // of a thread, for it to be worth packing all keys
+constexpr int64_t kMinLanes = 256;             // of a thread, for it to be worth packing all keys
 constexpr int64_t kBufferBytes = 16ll << 20;   // candidates of one thread
 constexpr int64_t kCachedBytes = 256ll << 10;  // queries that a core's cache holds beside a block of keys
 
@@ -143,7 +143,7 @@ struct Search {
     const int64_t wanted = std::min(k, total), capacity = std::max<int64_t>(2 * wanted, 16);
     const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
     // Every thread gets a block where there are queries enough, else a part of the keys.
-    const int64_t share = std::max(kFewestLanes, ((B + workers - 1) / workers + kStep - 1) / kStep * kStep);
+    const int64_t share = std::max(kMinLanes, ((B + workers - 1) / workers + kStep - 1) / kStep * kStep);
     const int64_t lane_bytes = std::max<int64_t>(1, (kernel.packed_floats(parts[0].keys, metric) ? 2 : 4) * dim);
     const int64_t cached = std::max<int64_t>(512, kCachedBytes / lane_bytes);
     const int64_t block = block_of(B, lane_bytes, std::min({fits, share, cached}));
@@ -346,21 +346,21 @@ void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t ta
 
 // The thresholds of every query in ascending order: how good a key must be to beat them.
 struct SortedThresholds {
-  std::vector<int64_t> standings;  // [B, P], INT64_MAX for what nothing beats: padding, and scores that are NaN
-  std::vector<int32_t> columns;    // [B, P] where each stood
+  std::vector<int64_t> codes;    // [B, P], INT64_MAX for what nothing beats: padding, and scores that are NaN
+  std::vector<int32_t> columns;  // [B, P] where each stood
 
   SortedThresholds(const float* scores, const int64_t* ids, int64_t B, int64_t P, int threads)
-      : standings(B * P), columns(B * P) {
+      : codes(B * P), columns(B * P) {
     parallel_for(B, threads_for(threads, B, P, 64), [&](int64_t i, Workspace&) {
       std::vector<std::pair<int64_t, int32_t>> row(P);
       for (int64_t p = 0; p < P; ++p) {
         const float score = scores[i * P + p];
         const int64_t id = ids[i * P + p];
         const bool real = id >= 0 && !std::isnan(score);
-        row[p] = {real ? standing_of(score, static_cast<int32_t>(id)) : kNone, static_cast<int32_t>(p)};
+        row[p] = {real ? rank_code(score, static_cast<int32_t>(id)) : kNone, static_cast<int32_t>(p)};
       }
       std::sort(row.begin(), row.end());
-      for (int64_t p = 0; p < P; ++p) std::tie(standings[i * P + p], columns[i * P + p]) = row[p];
+      for (int64_t p = 0; p < P; ++p) std::tie(codes[i * P + p], columns[i * P + p]) = row[p];
     });
   }
 };
@@ -389,7 +389,7 @@ void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
                    std::min((split + 1) * plan.rows, s.count),
                    bounds,
                    blocks,
-                   sorted.standings.data(),
+                   sorted.codes.data(),
                    sorted.columns.data(),
                    targets,
                    exclude,

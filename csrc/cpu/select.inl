@@ -4,7 +4,7 @@
 namespace {
 
 // Undoes order_of.
-inline float float_of(int32_t order) {
+inline float value_of(int32_t order) {
   return float_from_bits(order < 0 ? 0x80000000u - static_cast<uint32_t>(order) : static_cast<uint32_t>(order));
 }
 
@@ -63,10 +63,10 @@ inline Cut kth_best(float* scores, int64_t n, int64_t k) {
           above = -1;
   while (high - low > 1 && above != k) {
     const int64_t middle = low + (high - low) / 2;
-    above = count_above(scores, n, float_of(static_cast<int32_t>(middle)));
+    above = count_above(scores, n, value_of(static_cast<int32_t>(middle)));
     (above >= k ? low : high) = middle;
   }
-  const float bar = float_of(static_cast<int32_t>(above == k ? low : high));
+  const float bar = value_of(static_cast<int32_t>(above == k ? low : high));
   return {bar, above == k};
 }
 
@@ -74,13 +74,13 @@ inline Cut kth_best(float* scores, int64_t n, int64_t k) {
 inline float keep_best(float* scores, int32_t* ids, int64_t n, int64_t k) {
   const Cut cut = kth_best(scores, n, k);
   const int32_t tie = cut.above ? -1 : last_tie(scores, ids, n, cut.bar, k - count_above(scores, n, cut.bar));
-  int64_t kept = 0;
+  int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float score = scores[i];
     const int32_t id = ids[i];
-    scores[kept] = score;
-    ids[kept] = id;
-    kept += score > cut.bar || (score == cut.bar && id <= tie);
+    scores[count] = score;
+    ids[count] = id;
+    count += score > cut.bar || (score == cut.bar && id <= tie);
   }
   return cut.above ? least_of(scores, k) : cut.bar;
 }

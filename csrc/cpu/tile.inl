@@ -44,7 +44,7 @@ struct Bf16 {
 enum Slot {
   kLanes,
   kRows,
-  kRowPairs,
+  kInterleaved,
   kScores,
   kOut,
   kState,
@@ -212,7 +212,7 @@ inline __attribute__((always_inline)) void prefetch_row(const Matrix& m, int64_t
 }
 
 // The next block, fetched into the cache a little with every tile, so that packing it finds it there.
-struct Ahead {
+struct Prefetch {
   const RowRange& rows;
   int64_t first;
   int strip, strips;
@@ -263,18 +263,18 @@ inline void transpose(__m512i (&r)[16]) {
 
 // The block as the weighted sum wants it: one word per dimension, holding A::PACK rows. fp32: the block itself.
 template <class A>
-const float* pair_rows(const float* block, int64_t dim, int n, Workspace& ws) {
+const float* interleave_rows(const float* block, int64_t dim, int n, Workspace& ws) {
   if constexpr (A::PACK == 1) {
     (void)dim, (void)n, (void)ws;
     return block;
   } else {
 #ifdef FASTCOMPAT_BF16
-    float* pairs = ws.floats(kRowPairs, chunks_of(dim) * (NB / 2) * CHUNK);
+    float* interleaved = ws.floats(kInterleaved, chunks_of(dim) * (NB / 2) * CHUNK);
     for (int i = 0; i < n; i += 2)
       for (int64_t d = 0; d < dim; d += 16)
-        _mm512_storeu_si512(pairs + (d / CHUNK * (NB / 2) + i / 2) * CHUNK + d % CHUNK,
+        _mm512_storeu_si512(interleaved + (d / CHUNK * (NB / 2) + i / 2) * CHUNK + d % CHUNK,
                             words_of_two_rows(block, i, n, d));
-    return pairs;
+    return interleaved;
 #endif
   }
 }
@@ -339,10 +339,11 @@ inline __attribute__((always_inline)) void score_tile(const float* block, int fi
 // scores [n][L] of a whole packed block; meanwhile fetches part t of `strips` of the next one. A piece of a panel stays
 // in the first cache while the rows pass.
 template <class A>
-void score_block(const float* block, int n, const float* panel, int64_t words, float* scores, const Ahead& ahead) {
+void score_block(const float* block, int n, const float* panel, int64_t words, float* scores,
+                 const Prefetch& prefetch) {
   for (int64_t from = 0; from == 0 || from < words; from += PIECE)
     for (int first = 0; first < n; first += MR) {
-      if (from == 0) ahead.fetch(first / MR);
+      if (from == 0) prefetch.fetch(first / MR);
       with_count<MR>(smaller(n - first, MR), [&](auto rows) {
         constexpr int R = decltype(rows)::value;
         float* out = scores + first * L;
@@ -390,7 +391,7 @@ void add_weighted(const float* rows, int n, const float* weights, int64_t dim, f
 
 // weights [n][L] as the product wants them, in place: words of A::PACK rows.
 template <class A>
-void pair_weights(float* weights, int n) {
+void interleave_weights(float* weights, int n) {
   if constexpr (A::PACK == 2) {
 #ifdef FASTCOMPAT_BF16
     for (int i = 0; i < n; i += 2)

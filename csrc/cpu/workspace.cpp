@@ -35,9 +35,9 @@ float* Workspace::floats(int slot, int64_t count) {
 }
 
 void Workspace::trim() {
-  constexpr int64_t kKept = 1 << 20;
+  constexpr int64_t kRetainedBytes = 1 << 20;
   for (int slot = 0; slot < kSlots; ++slot)
-    if (capacity_[slot] > kKept) {
+    if (capacity_[slot] > kRetainedBytes) {
       std::free(data_[slot]);
       data_[slot] = nullptr;
       capacity_[slot] = 0;

@@ -29,8 +29,8 @@ FAULTS = {
     ),
     "cached exponentials are read with the shift of the first block": Fault(
         "cached_probs.inl",
-        "item.kept.shifts + block * item.kept.queries + q",
-        "item.kept.shifts + 0 * block + q",
+        "item.cached.shifts + block * item.cached.queries + q",
+        "item.cached.shifts + 0 * block + q",
         ("softmax_loss",),
     ),
     "the first part of the key gradient alone": Fault(
@@ -62,8 +62,8 @@ FAULTS = {
     ),
     "rounding is said to hide nothing": Fault(
         "screen.inl",
-        "const auto blur = [&](float key_norm, float key_slack, int v) {",
-        "const auto blur = [&](float key_norm, float key_slack, int v) {\n    key_norm = key_slack = 0;",
+        "const auto error_bound = [&](float key_norm, float key_residual, int v) {",
+        "const auto error_bound = [&](float key_norm, float key_residual, int v) {\n    key_norm = key_residual = 0;",
         ("topk",),
     ),
     "every seventh key is never a candidate": Fault(
@@ -92,13 +92,13 @@ FAULTS = {
     ),
     "a rank goes to the larger id": Fault(
         "histogram.inl",
-        "score == score ? standing_of(score, id) : INT64_MIN;",
-        "score == score ? standing_of(score, -id) : INT64_MIN;",
+        "score == score ? rank_code(score, id) : INT64_MIN;",
+        "score == score ? rank_code(score, -id) : INT64_MIN;",
         ("count_beats",),
     ),
     "more targets than a table numbers": Fault(
         "histogram.inl",
-        "(most < kMostBelow ? most : targets) - least",
+        "(most < kMaxThresholds ? most : targets) - least",
         "most - least",
         ("count_beats",),
     ),
