@@ -1,13 +1,18 @@
 // bf16 products on AMX tiles (16 x 16 scores, 32 dimensions an instruction), for the softmax passes. The packed layouts
 // are those of the vector kernels: a tile is a window into them. Search keeps to vectors, whose rounding it can repeat
 // anywhere.
+#pragma once
+#include "tile.inl"
+
+#ifdef FASTCOMPAT_AMX
 
 namespace {
 
 struct Amx {
   static constexpr int PACK = 2, STEP = 16;
 
-  // The tile registers of the thread, all 16 rows of 64 bytes, for as long as an item runs.
+  // The tile registers of the thread, all 16 rows of 64 bytes, for as long as an item runs. In the configuration, byte
+  // 0 is the palette, a 16-bit number from byte 16 on each tile's bytes in a row, a byte from 48 on its rows.
   struct Scope {
     Scope() {
       alignas(64) uint8_t config[64] = {1};
@@ -117,3 +122,5 @@ void add_weighted<Amx>(const float* rows, int n, const float* weights, int64_t d
 }
 
 }  // namespace
+
+#endif

@@ -1,4 +1,4 @@
-// How the keys of a forward pass are cut, and where each part keeps its exponentials.
+// How the keys of a forward pass are cut, and where each part caches its exponentials.
 #pragma once
 #include "kernels.h"
 #include "plan.h"

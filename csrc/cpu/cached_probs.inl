@@ -1,7 +1,9 @@
-// The key gradient from kept exponentials: dkey_j = sum_i c_ij query_i, c_ij = scale * g_i * exp(z_ij - lse_i).
+// The key gradient from cached exponentials: dkey_j = sum_i c_ij query_i, c_ij = scale * g_i * exp(z_ij - lse_i).
 // Floor: 2*B*N*D operations at the FMA peak. A block's exponentials become coefficients in a buffer that the caches
 // hold; packed rows as they are, these are one operand of the product, and the queries' columns, packed as lanes, the
 // other. Read twice: the sums, once per pass over the queries; fetched ahead.
+#pragma once
+#include "softmax.inl"
 
 namespace {
 
@@ -21,7 +23,7 @@ inline void pack_columns(const RowRange& r, float* panels) {
   }
 }
 
-// CachedProbs exponentials of a block -> coefficients, in the same order. lse and scale * g of the queries, up to a
+// Cached exponentials of a block -> coefficients, in the same order. lse and scale * g of the queries, up to a
 // multiple of CHUNK.
 inline void coefficients_from_cache(const CachedGradientItem& item, int64_t block, int n, const float* lse,
                                     const float* g, float* coefficients) {
@@ -69,9 +71,9 @@ inline __attribute__((always_inline)) void add_tile(const F (&acc)[R][NV], float
 
 void cached_gradient_item(const CachedGradientItem& item, Workspace& ws) {
   const int64_t queries = item.query.count, dim = item.keys.matrix.dim, strips = (dim + L - 1) / L;
-  float* panels = ws.floats(kLanes, strips * queries * L);
-  float* coefficients = ws.floats(kRows, NB * item.cached.queries);
-  float* lse = ws.floats(kMisc, 2 * item.cached.queries);
+  float* panels = ws.floats(kPanels, strips * queries * L);
+  float* coefficients = ws.floats(kBlock, NB * item.cached.queries);
+  float* lse = ws.floats(kQueryTerms, 2 * item.cached.queries);
   float* g = lse + item.cached.queries;
   pack_columns(item.query, panels);
   for (int64_t q = 0; q < item.cached.queries; ++q) {

@@ -1,5 +1,8 @@
 // The candidates of a search: the best so far of every query with the score that the next one must beat, and candidates
 // whose scores are known by bounds alone until it is clear that they are needed.
+#pragma once
+#include "screen.inl"
+#include "select.inl"
 
 namespace {
 
@@ -108,8 +111,9 @@ struct BoundedCandidates {
     float* scores = item.scores + state.at(q);
     int32_t* ids = item.ids + state.at(q);
     const int64_t n = item.found[q];
-    const float kth = kth_best(scores, n, item.k).bar;
-    const float limit = just_below(static_cast<float>(kth - max_width[q] * (1 + 0x1p-20)));
+    constexpr double kSpare = 0x1p-20;  // the width was a rounded difference
+    const float kth = kth_best(scores, n, item.k).value;
+    const float limit = just_below(static_cast<float>(kth - max_width[q] * (1 + kSpare)));
     int64_t count = 0, i = 0;
     const auto compact_until = [&](int64_t end) {
       for (; i < end; ++i) {
@@ -142,7 +146,7 @@ struct BoundedCandidates {
     const float factor = s.query_factor[query];
     with_search_arithmetic(s.keys, item.metric, [&](auto a) {
       using A = decltype(a);
-      const float* x = words_of_row<A>(s.query, query, ws.floats(kLine, padded(s.query.dim)));
+      const float* x = words_of_row<A>(s.query, query, ws.floats(kRow, padded(s.query.dim)));
       for (int64_t i = from; i < to; i += W) {
         const int n = static_cast<int>(smaller<int64_t>(W, to - i));
         float out[W];

@@ -1,39 +1,13 @@
-// Everything an instruction set exports: a file that includes this defines FASTCOMPAT_TABLE (and includes its simd_*.h
-// first). All else stays in anonymous namespaces and no STL is used, so the linker can never pick this file's copy of a
-// shared inline function for code that runs on older machines.
-#include <cstring>
-
-#include "float_bits.h"
-#include "tile.inl"
-// order matters
-#ifdef FASTCOMPAT_AMX
+// Everything an instruction set exports: a file that includes this defines FASTCOMPAT_TABLE, FASTCOMPAT_NAME
+// and FASTCOMPAT_SIMD first. All else stays in anonymous namespaces and no STL is used, so the linker can never pick
+// this file's copy of a shared inline function for code that runs on older machines.
+#pragma once
 #include "amx.inl"
-#endif
-#ifdef FASTCOMPAT_INT16
-#include "int16.inl"
-#endif
-// order matters
-#include "softmax.inl"
-// order matters
 #include "cached_probs.inl"
-// order matters
-#include "select.inl"
-// order matters
-#include "scores.inl"
-// order matters
-#include "screen.inl"
-// order matters
-#include "candidates.inl"
-// order matters
-#include "screen_streaming.inl"
-// order matters
-#include "screen_quantised.inl"
-// order matters
-#include "topk.inl"
-// order matters
-#include "histogram.inl"
-// order matters
+#include "int16.inl"
 #include "ranks.inl"
+#include "softmax.inl"
+#include "topk.inl"
 
 namespace {
 
@@ -67,6 +41,7 @@ void gradient_item(const GradientItem& item, Workspace& ws) {
 
 }  // namespace
 
+#ifdef FASTCOMPAT_TABLE
 namespace fastcompat {
 
 extern const Kernels FASTCOMPAT_TABLE;
@@ -87,3 +62,4 @@ const Kernels FASTCOMPAT_TABLE = {
 };
 
 }  // namespace fastcompat
+#endif

@@ -3,12 +3,15 @@
 // takes thresholds there by the same arithmetic, so a score in a bin that holds no threshold is on the side of every
 // threshold that its bin is on. The few in a bin that does hold one are ambiguous: bisection finds their interval.
 // Most scores of a query tend to fall into one interval, its main one: two comparisons tell.
+#pragma once
+#include "tile.inl"
 
 namespace {
 
+constexpr float kSteepest = 1e30f;                 // of a map, for thresholds that are equal or nearly so
 constexpr int kMaxThresholds = (1 << 15) / L - 1;  // the table tells numbers of thresholds up to this one
 
-// A lane's map from scores to bins: (score - low) * factor + origin, kept in first .. last.
+// A lane's map from scores to bins: (score - low) * factor + origin, clamped to first .. last.
 struct BinMap {
   float low[L], factor[L], origin[L], first[L], last[L];
   float main_low[L], main_high[L];  // scores between them are in the main interval
@@ -27,7 +30,8 @@ inline int64_t code_of(float score, int32_t id) { return score == score ? rank_c
 
 // The sizes that all strips of an item share.
 struct HistogramSizes {
-  static constexpr int bins = 256;  // of a lane: more would put fewer scores ambiguous, but leave the first cache
+  // Of a lane. With more, fewer scores would be ambiguous, but the table would leave the first cache.
+  static constexpr int bins = 256;
   int64_t targets;
   int32_t ambiguous;  // a power of two above every L * number of thresholds that the table tells
 
@@ -64,10 +68,11 @@ struct StripHistogram : HistogramSizes {
       while (low < high && score(lane, low) == -kInf) ++low;
       while (low < high && score(lane, high) == kInf) --high;
       const double from = low <= high ? score(lane, low) : 0, to = low <= high ? score(lane, high) : 0;
+      // Thresholds go to bins 1 .. bins - 3, scores beyond them to the first and to bins - 2.
       const double factor = (bins - 4) / (to - from);
       const bool finite = from - from == 0 && to - to == 0;
       map.low[lane] = finite ? static_cast<float>(from) : 0;
-      map.factor[lane] = finite && factor < 1e30 ? static_cast<float>(factor) : 1e30f;
+      map.factor[lane] = finite && factor < kSteepest ? static_cast<float>(factor) : kSteepest;
       map.first[lane] = static_cast<float>(lane * bins);
       map.last[lane] = static_cast<float>(lane * bins + bins - 2);  // the next one says where its thresholds end
       map.origin[lane] = static_cast<float>(lane * bins + 1);
@@ -132,8 +137,8 @@ struct StripHistogram : HistogramSizes {
     return from - (thresholds + lane * targets);
   }
 
-  // Counts n rows of scores by the lowest and the highest bin [n][L] that a score may be in; lists those ambiguous.
-  // One bin (not TWO): low is high. `unresolved` has room for one more.
+  // Counts n rows of scores by the lowest and the highest bin [n][L] that a score may be in; lists those that are
+  // ambiguous. One bin (not TWO): low is high. `unresolved` has room for one more.
   template <bool TWO>
   int count(int n, const int32_t* low, const int32_t* high, int32_t* unresolved) const {
     int n_unresolved = 0;

@@ -1,5 +1,9 @@
 // Products of 16-bit integers, for screening only: vpmaddwd multiplies twice as many numbers as an fp32 instruction,
 // and the sums are exact. A word is two dimensions; |a||b| < 2^31 keeps every sum within 32 bits.
+#pragma once
+#include "tile.inl"
+
+#ifdef FASTCOMPAT_INT16
 
 namespace {
 
@@ -49,3 +53,5 @@ void score_block<Int16>(const float* block, int n, const float* panel, int64_t w
 }
 
 }  // namespace
+
+#endif

@@ -31,6 +31,7 @@ class LabelTable {
   }
 
  private:
+  // Fibonacci hashing: the top bits of a multiple of 2^64 / the golden ratio. Labels are not negative, so -1 is free.
   size_t slot(int64_t label) const {
     size_t at = (static_cast<uint64_t>(label) * 0x9e3779b97f4a7c15ull) >> (64 - bits_);
     while (labels_[at] != label && labels_[at] >= 0) at = (at + 1) & (labels_.size() - 1);

@@ -1,5 +1,8 @@
 // Beat-counts: every score is counted in its interval between a query's thresholds. Where the instruction set screens,
 // bounds of a score mostly tell its interval; the exact score is found where they do not.
+#pragma once
+#include "histogram.inl"
+#include "screen_quantised.inl"
 
 namespace {
 
@@ -23,9 +26,9 @@ struct Beats {
         s(*item.segment),
         sizes(item.targets),
         strips(static_cast<int>((item.n_queries + L - 1) / L)),
-        maps(reinterpret_cast<BinMap*>(ws.floats(kOut, strips * int64_t{sizeof(BinMap) / sizeof(float)}))),
-        tables(ws.floats(kInterleaved, strips * sizes.table_floats())),
-        counts(reinterpret_cast<int32_t*>(ws.floats(kMisc, strips * sizes.counts()))),
+        maps(reinterpret_cast<BinMap*>(ws.floats(kBinMaps, strips * int64_t{sizeof(BinMap) / sizeof(float)}))),
+        tables(ws.floats(kBinTables, strips * sizes.table_floats())),
+        counts(reinterpret_cast<int32_t*>(ws.floats(kCounts, strips * sizes.counts()))),
         scores(ws.floats(kScores, 4 * NB * L + 1)),
         low(reinterpret_cast<int32_t*>(scores + NB * L)),
         high(low + NB * L),
@@ -58,14 +61,14 @@ struct Beats {
     row[binned++] = i;
   }
 
-  // NaN for pairs that do not count.
+  // NaN for excluded pairs.
   void mask_excluded(const StripHistogram& strip, int t) {
     for (int lane = 0; item.exclude && lane < strip.lanes; ++lane)
       for (int i = 0; i < n; ++i)
         if (excluded(t, lane, ids[i])) scores[i * L + lane] = kNan;
   }
 
-  // Counts what was offered of a strip; resolve(bin in low and high, row) for each pair ambiguous. Returns how many.
+  // Counts what was offered of a strip; resolve(bin in low and high, row) for each ambiguous pair. Returns how many.
   template <bool TWO, class Resolve>
   int count(const StripHistogram& strip, Resolve&& resolve) {
     strip.count_main(n - binned);
@@ -79,7 +82,7 @@ struct Beats {
     for (int t = 0; t < strips; ++t) strip(t).choose_main();
   }
 
-  // Calls scorer.block(first) for blocks from position `begin` on, until it returns false; returns where to go on.
+  // Calls scorer.block(first) for blocks from position `begin` on, until it returns false; returns where to resume.
   template <class Scorer>
   int64_t walk(Scorer& scorer, int64_t begin) {
     for (int64_t b = 0; b < item.blocks; ++b) {
@@ -132,7 +135,7 @@ struct ExactScorer {
         queries(beats.s, beats.item.first_query, beats.item.n_queries, ws),
         segment(beats.s),
         keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
-        rows(ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK)) {}
+        rows(ws.floats(kBlock, chunks_of(queries.words) * NB * CHUNK)) {}
 
   bool block(int64_t first) {
     const int n = beats.n;
@@ -189,7 +192,7 @@ struct BoundScorer {
         queries(beats.s, beats.item.metric, beats.item.first_query, beats.item.n_queries, ws),
         segment(beats.s),
         keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
-        quantised(ws.floats(kRows, QuantisedBlock::floats(queries.words)), queries.words) {}
+        quantised(ws.floats(kBlock, QuantisedBlock::floats(queries.words)), queries.words) {}
 
   bool block(int64_t first) {
     const int n = beats.n;
@@ -206,7 +209,7 @@ struct BoundScorer {
     return n_unresolved * kScoresPerRescore < int64_t{n} * L * queries.strips;
   }
 
-  static constexpr int kScoresPerRescore = 64;  // exact scores in tiles that cost what one pair ambiguous costs
+  static constexpr int kScoresPerRescore = 64;  // exact scores in tiles that cost what one ambiguous pair costs
 
   // The lowest and the highest that each score can be; any, where a bound is NaN.
   void bound_scores(const QueryBounds& q, const StripHistogram& strip) {
@@ -236,7 +239,7 @@ struct BoundScorer {
     if (!beats.excluded(t, lane, id)) {
       with_search_arithmetic(beats.s.keys, beats.item.metric, [&](auto a) {
         using A = decltype(a);
-        const float* x = words_of_row<A>(beats.s.query, query, ws.floats(kLine, padded(beats.s.query.dim)));
+        const float* x = words_of_row<A>(beats.s.query, query, ws.floats(kRow, padded(beats.s.query.dim)));
         exact_scores<A>(beats.s, beats.item.metric, x, beats.s.query_factor[query], &id, 1, score, ws);
       });
     }
@@ -246,12 +249,14 @@ struct BoundScorer {
 
 #endif
 
+constexpr int kMinBoundQueries = 2 * L;  // for fewer, quantising the keys costs more than the quicker products give
+
 template <class A>
 void beats_with(const BeatsItem& item, Workspace& ws) {
   Beats beats(item, ws);
   int64_t begin = item.begin;
 #ifdef FASTCOMPAT_SCREEN
-  if (A::PACK == 1 && item.n_queries > 2 * L && item.segment->scale > 0) {
+  if (A::PACK == 1 && item.n_queries > kMinBoundQueries && item.segment->scale > 0) {
     [[maybe_unused]] const Screen::Scope scope;
     BoundScorer scorer(beats, ws);
     begin = beats.walk(scorer, begin);
@@ -267,7 +272,7 @@ void beats_with(const BeatsItem& item, Workspace& ws) {
 template <class A>
 void pair_scores_with(const PairItem& item, Workspace& ws) {
   const SearchSegment& s = *item.segment;
-  float* line = ws.floats(kLine, padded(s.query.dim));
+  float* line = ws.floats(kRow, padded(s.query.dim));
   for (int64_t q = item.first_query; q < item.first_query + item.n_queries; ++q) {
     const float* x = words_of_row<A>(s.query, q, line);
     const int64_t* ids = item.ids + q * item.targets;

@@ -7,11 +7,13 @@
 // change, and little cancels. What does is in the bound: (D + 64) 2^-22 of both squared norms, for the rounding of the
 // norms, of the steps, of the subtraction (2^-24 of a number) and of the exact score, which is at most 2(|q|^2 +
 // |k|^2).
+#pragma once
+#include "scores.inl"
 
 namespace {
 
 constexpr int kPrefetchRows = 12;  // rows ahead that filling a block fetches
-constexpr float kLargest = 3e38f;  // and finite
+constexpr float kLargest = 3e38f;  // finite, for +inf: no inf - inf
 
 // Norms are sums of D rounded squares: made a little larger, they are bounds.
 inline float larger(double norm, int64_t dim) {
@@ -26,7 +28,8 @@ struct ErrorFactors {
   float norm, residual;
 };
 
-// What a block of keys brings to the bounds: product * multiply + high (low) +- (norm, residual) times the query's.
+// What a block of keys contributes to the bounds: product * multiply + high (low) +- (norm, residual) times the
+// query's.
 struct KeyBounds {
   static constexpr int kNumbers = 5;               // of a row
   float *multiply, *norm, *residual, *high, *low;  // [NB]
@@ -39,7 +42,7 @@ struct KeyBounds {
   // Row i, as it is screened: its squared norm, the squared norm of what rounding took away, and what its products are
   // multiplied by (l2: not used).
   void set(int i, Metric metric, int64_t dim, double squared, float residual_squared, float factor) {
-    const bool l2 = metric == Metric::l2;
+    const bool l2 = form_of(metric).differences;
     const float square = static_cast<float>(squared), error = l2 ? square_error(square, dim) : 0;
     norm[i] = square;
     residual[i] = residual_squared;
@@ -79,7 +82,7 @@ struct LaneTerms {  // of inner * multiply + add
   float multiply[L], add[L];
 };
 
-// What a strip of queries brings.
+// What a strip of queries contributes.
 struct QueryBounds {
   float norm[L], residual[L], own_error[L], unit[L],
       inverse[L];  // `own_error`: whatever the key; the last: of what terms multiply by
@@ -89,7 +92,7 @@ struct QueryBounds {
   // A query's norm, the norm of what rounding took away, and what its products are multiplied by.
   void set(int lane, Metric metric, int64_t dim, double length, float residual_norm, float one, float factor) {
     const double sums = (2.0 * static_cast<double>(dim) + 32) * 0x1p-24;
-    const float square = metric == Metric::l2 ? static_cast<float>(length * length) : 0;
+    const float square = form_of(metric).differences ? static_cast<float>(length * length) : 0;
     norm[lane] = larger(length + residual_norm, dim);
     residual[lane] =
         extreme(length * length) ? kInf : larger(residual_norm + sums * length, dim);  // infinite: all of its keys pass
@@ -106,17 +109,17 @@ inline F last_steps(F inner, F c, F d, const SegmentTerms& s) {
   return Simd::fma(Simd::fma(inner, c, d), s.scale, s.offset);
 }
 
-// A limit for products after the key's steps: up to it no score is above the lane's bar. The bar taken through the
-// other steps backwards, which round, and a little less; where taking it forwards does not confirm it, -inf. Steps only
-// grow.
-inline F inner_limit(F bar, F multiply, F add, F inverse, const SegmentTerms& s) {
+// A limit for products after the key's steps: up to it no score is above the lane's threshold. The threshold taken
+// through the other steps backwards, and less by 2^-21 of every term, eight times what one rounding can take; where
+// taking it forwards does not confirm it, -inf. Steps only grow.
+inline F inner_limit(F threshold, F multiply, F add, F inverse, const SegmentTerms& s) {
   const auto size = [](F a) { return Simd::max(a, Simd::sub(Simd::set1(0.0f), a)); };
-  const F rounding =
-      Simd::mul(Simd::fma(Simd::add(size(bar), size(s.offset)), s.inverse_scale, size(add)), Simd::set1(0x1p-21f));
-  const F scaled = Simd::sub(Simd::mul(Simd::sub(bar, s.offset), s.inverse_scale), add);
+  const F rounding = Simd::mul(Simd::fma(Simd::add(size(threshold), size(s.offset)), s.inverse_scale, size(add)),
+                               Simd::set1(0x1p-21f));
+  const F scaled = Simd::sub(Simd::mul(Simd::sub(threshold, s.offset), s.inverse_scale), add);
   const F limit = Simd::min(Simd::mul(Simd::sub(scaled, rounding), inverse), Simd::set1(kLargest));  // of NaN: kLargest
   const F finite = Simd::max(limit, Simd::set1(-kLargest));
-  return Simd::select(Simd::not_le(last_steps(finite, multiply, add, s), bar), Simd::set1(-kInf), finite);
+  return Simd::select(Simd::not_le(last_steps(finite, multiply, add, s), threshold), Simd::set1(-kInf), finite);
 }
 
 // Calls offer(row, lane, low, high) for every pair of a strip with the n rows of a block that may score above the
@@ -146,9 +149,9 @@ inline void screen_block(const KeyBounds& keys, const ErrorFactors& most, const 
     return UNITS ? Simd::mul(p, unit[v]) : p;
   };
   const auto inner = [&](F dot, int i, F constant) { return Simd::fma(dot, Simd::set1(keys.multiply[i]), constant); };
-  constexpr int kRows = 64;
+  constexpr int kRows = 64;  // as many as `rows` has bits
   for (int from = 0; from < n; from += kRows) {
-    // Which rows may pass: the largest blur of the block instead of each row's, and no step after the key's.
+    // Which rows may pass: the largest error of the block instead of each row's, and no step after the key's.
     uint64_t rows = 0;
     for (int i = from; i < smaller(from + kRows, n); ++i) {
       const F high = Simd::set1(keys.high[i]);

@@ -1,5 +1,10 @@
-// The screen of many queries: rows rounded to bf16, or to 16-bit integers where there are no bf16 products. A gallery
-// may keep its rounded form.
+// The screen of many queries: rows quantised to bf16, or to 16-bit integers where there are no bf16 products. A gallery
+// may bring its quantised form: packed.
+#pragma once
+#include "amx.inl"
+#include "candidates.inl"
+#include "int16.inl"
+
 #ifdef FASTCOMPAT_SCREEN
 
 namespace {
@@ -18,7 +23,7 @@ struct Quantiser {
   static constexpr float unit = 1;
   Quantiser(double, int64_t) {}
 
-  // Writes W numbers; returns what they lost.
+  // Writes W numbers; returns what quantisation took away.
   F operator()(F a, uint16_t* out) const {
     const __m256i quantised = (__m256i)_mm512_cvtneps_pbh(a);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), quantised);
@@ -28,10 +33,11 @@ struct Quantiser {
 #else
 struct Quantiser {
   static constexpr bool kUnits = true;
-  float unit, inverse;  // no number is larger than its row's norm, so all fit into 16 bits
-  Quantiser(double norm, int64_t dim) : unit(larger(norm, dim) / 32766), inverse(unit > 0 ? 1 / unit : 0) {}
+  static constexpr float kSteps = 32766;  // of 32767: rounding may add one
+  float unit, inverse;                    // no number is larger than its row's norm, so all fit into 16 bits
+  Quantiser(double norm, int64_t dim) : unit(larger(norm, dim) / kSteps), inverse(unit > 0 ? 1 / unit : 0) {}
 
-  // Writes W numbers; returns what they lost.
+  // Writes W numbers; returns what quantisation took away.
   F operator()(F a, uint16_t* out) const {
     const __m256i whole = _mm256_cvtps_epi32(Simd::mul(a, Simd::set1(inverse)));
     const __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
@@ -47,8 +53,8 @@ inline F quantise_row(const Quantiser& quantise, const float* x, int64_t from, i
                       F residual_squares) {
   for (int64_t d = from; d < to; d += W, out += W) {
     const F a = d + W <= to ? Simd::load(x + d) : Simd::load_first(x + d, static_cast<int>(to - d));
-    const F rest = quantise(a, out);
-    residual_squares = Simd::fma(rest, rest, residual_squares);
+    const F residual = quantise(a, out);
+    residual_squares = Simd::fma(residual, residual, residual_squares);
   }
   return residual_squares;
 }
@@ -62,7 +68,7 @@ struct ScreenedRow {
 
   ScreenedRow(const Matrix& m, int64_t row, Metric metric, const float* centre, float* line)
       : x(floats_of(m, row, line)) {
-    if (metric == Metric::l2) {
+    if (form_of(metric).differences) {
       int64_t d = 0;
       for (; d + W <= m.dim; d += W) Simd::store(line + d, Simd::sub(Simd::load(x + d), Simd::load(centre + d)));
       for (; d < m.dim; ++d) line[d] = x[d] - centre[d];
@@ -82,7 +88,7 @@ struct ScreenedRow {
   }
 };
 
-// A block of rounded keys with their bounds.
+// A block of quantised keys with their bounds.
 struct QuantisedBlock {
   int64_t words;
   float* rows;
@@ -117,7 +123,7 @@ struct QuantisedBlock {
   void fill(const RowRange& keys, Metric metric, const float* centre, int64_t first, int n, int64_t* bad,
             Workspace& ws) {
     const int64_t dim = keys.matrix.dim;
-    float* line = ws.floats(kLine, dim);
+    float* line = ws.floats(kRow, dim);
     float unit[NB];
     for (int i = 0; i < n; ++i) {
       if (first + i + kPrefetchRows < keys.count) prefetch_row(keys.matrix, keys.row(first + i + kPrefetchRows));
@@ -141,7 +147,7 @@ struct QuantisedBlock {
   }
 };
 
-// A block of queries, rounded, for one segment.
+// A block of queries, quantised, for one segment.
 struct QuantisedQueries {
   int strips;
   int64_t words;
@@ -151,12 +157,13 @@ struct QuantisedQueries {
   QuantisedQueries(const SearchSegment& s, Metric metric, int64_t first, int64_t count, Workspace& ws)
       : strips(static_cast<int>((count + L - 1) / L)), words(words_of<Screen>(s.query.dim)) {
     const int64_t dim = s.query.dim;
-    panels = ws.floats(kLanes, strips * words * L);
-    bounds = reinterpret_cast<QueryBounds*>(ws.floats(kScreen, strips * int64_t{sizeof(QueryBounds) / sizeof(float)}));
+    panels = ws.floats(kPanels, strips * words * L);
+    bounds =
+        reinterpret_cast<QueryBounds*>(ws.floats(kQueryBounds, strips * int64_t{sizeof(QueryBounds) / sizeof(float)}));
     std::memset(panels, 0, static_cast<size_t>(strips * words * L) * sizeof(float));
     std::memset(bounds, 0, static_cast<size_t>(strips) * sizeof(QueryBounds));
-    float* line = ws.floats(kLine, dim);
-    float* quantised = ws.floats(kConvert, words + W);
+    float* line = ws.floats(kRow, dim);
+    float* quantised = ws.floats(kQuantisedRow, words + W);
     std::memset(quantised, 0, static_cast<size_t>(words) * sizeof(float));
     for (int64_t q = 0; q < count; ++q) {
       const ScreenedRow query(s.query, first + q, metric, s.centre, line);
@@ -180,7 +187,7 @@ void screen_quantised(const TopkItem& item, const SearchSegment& s, int64_t begi
   const QuantisedQueries queries(s, item.metric, item.first_query, item.n_queries, ws);
   const int64_t words = queries.words, row_floats = QuantisedBlock::packed_row_floats(words);
   const bool in_place = s.packed && QuantisedBlock::packed_in_place(words);
-  float* memory = in_place ? nullptr : ws.floats(kRows, QuantisedBlock::floats(words));
+  float* memory = in_place ? nullptr : ws.floats(kBlock, QuantisedBlock::floats(words));
   float* products = ws.floats(kScores, NB * L);
   SegmentScreen screen(candidates, s);
   const RowRange keys{s.keys, s.rows, 0, s.count};

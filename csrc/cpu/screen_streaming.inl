@@ -1,13 +1,16 @@
-// The screen of a few queries, for which the keys' way from memory is the limit: fp32 products of rows where they lie,
-// nothing packed. The additions of a pair come in another order than in the score, so here too a bound decides. Rows
-// are taken in step from four places: the processor fetches each of them by itself, sooner than when it is told to.
-// l2 takes the squared differences themselves, which are as quick here; two such sums differ by a part of themselves.
+// The screen of a handful of queries, for which the keys' way from memory is the limit: fp32 products of rows where
+// they lie, nothing packed. The additions of a pair come in another order than in the score, so here too a bound
+// decides. Rows are taken in step from four places: the processor prefetches each of them by itself, sooner than when
+// it is told to. l2 takes the squared differences themselves, which are as quick here; two such sums differ by a part
+// of themselves.
+#pragma once
+#include "candidates.inl"
 
 namespace {
 
 constexpr int kStreamingQueries = 8;  // queries
 constexpr int kStreams = 4;           // places where rows are read
-constexpr float kUnderflow = 1e-36f;  // above what terms that vanish add up to
+constexpr float kUnderflow = 1e-36f;  // above what the terms that underflow add up to
 constexpr int kQueriesAtOnce = 2;     // queries whose sums with so many rows the registers hold
 static_assert(kStreamingQueries <= L && NB % kStreams == 0);
 
@@ -58,10 +61,10 @@ void screen_streaming_as(const TopkItem& item, const SearchSegment& s, int64_t b
   constexpr bool l2 = kDifferences<A>;
   const int64_t dim = s.query.dim, stride = padded(dim);
   const int n_queries = static_cast<int>(item.n_queries);
-  float* queries = ws.floats(kLanes, n_queries * stride);
-  float* line = ws.floats(kLine, dim);
+  float* queries = ws.floats(kPanels, n_queries * stride);
+  float* line = ws.floats(kRow, dim);
   float* products = ws.floats(kScores, NB * L);
-  float* numbers = ws.floats(kRows, KeyBounds::kNumbers * NB);
+  float* numbers = ws.floats(kKeyBounds, KeyBounds::kNumbers * NB);
   std::memset(numbers, 0, KeyBounds::kNumbers * NB * sizeof(float));
   std::memset(products, 0, NB * L * sizeof(float));
   std::memset(queries, 0, static_cast<size_t>(n_queries * stride) * sizeof(float));

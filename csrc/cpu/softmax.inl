@@ -1,7 +1,9 @@
 // Softmax statistics: out_i = log sum_j e^z_ij with the mean key in the same pass (flash attention with V = K), and the
 // gradient pass sum_r c_rl row_r with the statistics known. Floor: 4*B*N*D operations a pass at the FMA peak.
-// Fused: scores, bias, label masks, left-out keys, exponentials, the second product. Rows are read once per query
+// Fused: scores, bias, label masks, ignored keys, exponentials, the second product. Rows are read once per query
 // block.
+#pragma once
+#include "tile.inl"
 
 namespace {
 
@@ -38,7 +40,7 @@ inline void add_compensated(float* total, float* rest, F value) {
   Simd::store(total, t);
 }
 
-// scores -> logits, -inf where a pair is left out.
+// scores -> logits, -inf where a pair is ignored.
 inline void logits_of_block(const ForwardItem& item, const RowRange& keys, int64_t first, int n, StripState& s,
                             float* z) {
   const F scale = Simd::set1(item.scale);
@@ -110,10 +112,10 @@ inline void exponentials(StripState& s, float* z, int n) {
 }
 
 // Leaves a block's exponentials with the queries of a strip from number `query` on, and the shift they were made with:
-// -inf as long as there was no logit, so that the factor of what is kept is 0 and not infinite.
+// -inf as long as there was no logit, so that the factor of what is cached is 0 and not infinite.
 inline void cache_block(const CachedProbs& cached, int64_t block, int64_t query, const StripState& s, const float* z,
                         int n) {
-  static_assert(CHUNK % L == 0, "a strip of queries lies in one chunk");
+  static_assert(CHUNK == kProbsChunk && CHUNK % L == 0, "a strip of queries lies in one chunk");
   float* out = cached.exps + block * NB * cached.queries + query / CHUNK * NB * CHUNK + query % CHUNK;
   for (int i = 0; i < n; ++i)
     for (int v = 0; v < NV; ++v) {
@@ -153,12 +155,12 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
   const RowRange &query = item.query, &keys = item.keys;
   const int64_t dim = keys.matrix.dim, words = words_of<A>(dim);
   const int strips = static_cast<int>((query.count + L - 1) / L);
-  float* panels = ws.floats(kLanes, strips * words * L);
-  float* rows = ws.floats(kRows, chunks_of(words) * NB * CHUNK);
+  float* panels = ws.floats(kPanels, strips * words * L);
+  float* rows = ws.floats(kBlock, chunks_of(words) * NB * CHUNK);
   float* z = ws.floats(kScores, NB * L);
-  float* means = item.mean ? ws.floats(kOut, strips * padded(dim) * L) : nullptr;
+  float* means = item.mean ? ws.floats(kSums, strips * padded(dim) * L) : nullptr;
   StripState* states = reinterpret_cast<StripState*>(
-      ws.floats(kState, strips * static_cast<int64_t>(sizeof(StripState) / sizeof(float))));
+      ws.floats(kStripStates, strips * static_cast<int64_t>(sizeof(StripState) / sizeof(float))));
 
   for (int t = 0; t < strips; ++t) {
     StripState& s = states[t];
@@ -201,7 +203,7 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
 
 // ---- gradient pass ----
 
-// What a query brings to its coefficients, for a strip of lanes or for one streamed row.
+// What a query contributes to its coefficients, for a strip of lanes or for one streamed row.
 struct QueryTerms {
   F neg_lse, g_neg, pos_lse, g_pos, g_sum;
 };
@@ -248,7 +250,7 @@ inline void coefficients_of_keys(const GradientItem& item, int64_t first, int n,
   for (int lane = 0; lane < L; ++lane) {
     const int64_t key = lane < lanes ? item.lanes.row(lane0 + lane) : -1;
     if (item.bias && key >= 0) bias[lane] = item.bias[key];
-    group[lane] = key >= 0 && item.key_group ? item.key_group[key] : -2;
+    group[lane] = key >= 0 && item.key_group ? item.key_group[key] : -2;  // equal to no query's
   }
   for (int i = 0; i < n; ++i) {
     const int64_t query = item.rows.row(first + i);
@@ -300,15 +302,15 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
   const int64_t dim = lanes.matrix.dim, words = words_of<A>(dim);
   const bool want_sums = item.out || item.out_scaled;
   const int strips = static_cast<int>((lanes.count + L - 1) / L);
-  float* panels = ws.floats(kLanes, strips * words * L);
-  float* rows = ws.floats(kRows, chunks_of(words) * NB * CHUNK);
+  float* panels = ws.floats(kPanels, strips * words * L);
+  float* rows = ws.floats(kBlock, chunks_of(words) * NB * CHUNK);
   float* z = ws.floats(kScores, NB * L);
-  float* sums = ws.floats(kOut, strips * padded(dim) * L);
+  float* sums = ws.floats(kSums, strips * padded(dim) * L);
   std::memset(sums, 0, static_cast<size_t>(strips * padded(dim) * L) * sizeof(float));
   constexpr int64_t kLaneSums = sizeof(LaneSums) / sizeof(float);
-  LaneSums* lane_sums = reinterpret_cast<LaneSums*>(ws.floats(kState, strips * kLaneSums));
+  LaneSums* lane_sums = reinterpret_cast<LaneSums*>(ws.floats(kStripStates, strips * kLaneSums));
   std::memset(lane_sums, 0, static_cast<size_t>(strips) * sizeof(LaneSums));
-  float* products = item.out_dot ? ws.floats(kMisc, NB * L) : nullptr;
+  float* products = item.out_dot ? ws.floats(kProducts, NB * L) : nullptr;
   for (int t = 0; t < strips; ++t)
     pack_lanes<A>(lanes, t * L, static_cast<int>(smaller<int64_t>(lanes.count - t * L, L)), panels + t * words * L, ws);
 

@@ -1,7 +1,7 @@
 // The mean or the sum of log(1 + exp(neg_lse_i - pos_lse_i)), and its gradients in the same call.
 //
-// A row's gradient is known with the row, up to the one number that arrives later. So where the keys want a gradient,
-// queries go in passes small enough to keep their exponentials, and each pass adds its share to the key gradient:
+// A row's gradient is known with the row, up to the one number that arrives later. So where the keys require grad,
+// queries go in passes small enough to cache their exponentials, and each pass adds its share to the key gradient:
 // three products of 2*B*N*D instead of four, for one more read and write of the key gradient in every pass.
 #include <cmath>
 #include <limits>
@@ -14,6 +14,7 @@ namespace fastcompat {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int64_t kMaxPassRows = 512;  // each pass reads and writes the key gradient once: more rows save little
 constexpr int64_t kCacheBytes = 32ll << 20;
 constexpr int64_t kStreamedBytes = 8ll << 20;  // more than this is read from memory anyway
 constexpr int64_t kMinPassRows = 128;  // queries whose exponentials must fit, for a pass to be worth its traffic
@@ -28,14 +29,14 @@ SoftmaxProblem rows_of(const SoftmaxProblem& p, int64_t first, int64_t count) {
   return part;
 }
 
-// Queries of a pass that keeps its exponentials, 0 where nothing is cached.
+// Queries of a pass that caches its exponentials, 0 where nothing is cached.
 int64_t rows_of_pass(const SoftmaxProblem& p) {
   const int64_t B = p.query.rows, N = p.keys.rows;
   if (!p.positive || p.keys.dtype != DType::f32 || B == 0 || N == 0) return 0;
-  const int64_t most = std::min<int64_t>(512, kCacheBytes / (4 * N)) / 64 * 64;
+  const int64_t most = std::min<int64_t>(kMaxPassRows, kCacheBytes / (4 * N)) / kProbsChunk * kProbsChunk;
   if (most < kMinPassRows) return 0;
   const int64_t passes = (B + most - 1) / most;
-  return ((B + passes - 1) / passes + 63) / 64 * 64;
+  return ((B + passes - 1) / passes + kProbsChunk - 1) / kProbsChunk * kProbsChunk;
 }
 
 // What one pass finds out about its rows.
@@ -49,11 +50,12 @@ struct RowStats {
   SoftmaxStats stats(float* mean) { return {neg_lse.data(), pos_lse.data(), pos_sum.data(), pos_count.data(), mean}; }
   SoftmaxGrads grads() const { return {neg_lse.data(), pos_lse.data(), g_neg.data(), g_pos.data(), nullptr}; }
 
-  // The losses of the first `count` rows and their gradients; rows without positives take no part.
+  // The losses of the first `count` rows and their gradients; rows without positives are ignored.
   double log_odds(int64_t count, double weight) {
     double total = 0;
     for (int64_t i = 0; i < count; ++i) {
       const double odds = pos_count[i] ? static_cast<double>(neg_lse[i]) - pos_lse[i] : -kInf;
+      // From 38 on e^odds + 1 is e^odds in double.
       total += weight * (odds > 40 ? odds : std::log1p(std::exp(odds)));
       g_neg[i] = static_cast<float>(weight / (1 + std::exp(-odds)));
       g_pos[i] = -g_neg[i];
@@ -108,7 +110,8 @@ void softmax_loss(const SoftmaxProblem& p, bool mean, float* loss, void* dquery,
     const Plan plan = forward_plan(part, dquery != nullptr, caching != 0);
     if (caching && first == 0) {
       const int64_t blocks = plan.splits * blocks_of_part(plan), count = blocks * kernels().pack_rows * pass;
-      cached = {memory.floats(0, count), memory.floats(1, blocks * pass), pass, 4 * count > kStreamedBytes};
+      cached = {memory.floats(kCachedExps, count), memory.floats(kCachedShifts, blocks * pass), pass,
+                4 * count > kStreamedBytes};
     }
     void* out = dquery ? static_cast<char*>(dquery) + first * D * (f32 ? 4 : 2) : nullptr;
     float* mean_key = f32 ? static_cast<float*>(out) : means.data();

@@ -1,5 +1,8 @@
 // The best k of every query: scores of a tile against a threshold per query; labels and exclusions are looked at for
 // survivors only.
+#pragma once
+#include "screen_quantised.inl"
+#include "screen_streaming.inl"
 
 namespace {
 
@@ -8,7 +11,7 @@ void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, 
                    int64_t* bad, Workspace& ws) {
   const PackedQueries<A> queries(s, item.first_query, item.n_queries, ws);
   const SegmentTerms constant(s);
-  float* block = ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK);
+  float* block = ws.floats(kBlock, chunks_of(queries.words) * NB * CHUNK);
   const RowRange keys{s.keys, s.rows, 0, s.count};
   for (int64_t first = begin; first < end; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
@@ -53,12 +56,11 @@ void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, 
   }
 }
 
-// Bounds pay where few of many keys pass.
 inline bool screening_pays(const TopkItem& item, const SearchSegment& s, int64_t keys) {
-  return s.scale > 0 && item.k > 0 && keys >= 32 * item.k;
+  return s.scale > 0 && item.k > 0 && keys >= kKeysPerResult * item.k;
 }
 
-// Floats of a packed block; none where a copy would save less than a quarter of the keys as floats.
+// Floats of a packed block; 0 where a copy would save less than a quarter of the keys as floats.
 int64_t packed_floats([[maybe_unused]] const Matrix& keys, [[maybe_unused]] Metric metric) {
 #ifdef FASTCOMPAT_SCREEN
   const int64_t row = QuantisedBlock::packed_row_floats(words_of<Screen>(keys.dim));
@@ -72,7 +74,7 @@ int64_t packed_floats([[maybe_unused]] const Matrix& keys, [[maybe_unused]] Metr
 void pack_item([[maybe_unused]] const PackItem& item, [[maybe_unused]] Workspace& ws) {
 #ifdef FASTCOMPAT_SCREEN
   const int64_t words = words_of<Screen>(item.keys.matrix.dim), row = QuantisedBlock::packed_row_floats(words);
-  const QuantisedBlock block(ws.floats(kRows, QuantisedBlock::floats(words)), words);
+  const QuantisedBlock block(ws.floats(kBlock, QuantisedBlock::floats(words)), words);
   std::memset(block.rows, 0, static_cast<size_t>(QuantisedBlock::floats(words)) * sizeof(float));
   float* out = item.out;
   for (int64_t first = item.begin; first < item.end; first += NB, out += NB * row) {
@@ -103,7 +105,7 @@ void search_segment(const TopkItem& item, const SearchSegment& s, int64_t begin,
 
 void topk_item(const TopkItem& item, Workspace& ws) {
   const int64_t lanes = (item.n_queries + L - 1) / L * L;
-  float* threshold = ws.floats(kOut, lanes);
+  float* threshold = ws.floats(kThresholds, lanes);
   for (int64_t q = 0; q < lanes; ++q) threshold[q] = q < item.n_queries && item.k ? -kInf : kInf;
   for (int64_t q = 0; q < item.n_queries; ++q) item.found[q] = 0;
   TopkState state{item, threshold, true};

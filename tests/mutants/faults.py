@@ -62,8 +62,8 @@ FAULTS = {
     ),
     "rounding is said to hide nothing": Fault(
         "screen.inl",
-        "const auto error_bound = [&](float key_norm, float key_residual, int v) {",
-        "const auto error_bound = [&](float key_norm, float key_residual, int v) {\n    key_norm = key_residual = 0;",
+        "error_bound = [&](float key_norm, float key_residual, int v) {",
+        "error_bound = [&](float key_norm, float key_residual, int v) {\n    key_norm = key_residual = 0;",
         ("topk",),
     ),
     "every seventh key is never a candidate": Fault(
@@ -82,7 +82,7 @@ FAULTS = {
         "candidates.inl", "f.query_labels[query] >= 0", "f.query_labels[query] > 0", ("topk",)
     ),
     "of two equal keys the larger id is kept": Fault(
-        "select.inl", "score == cut.bar && id <= tie", "score == cut.bar && id > tie", ("topk",)
+        "select.inl", "score == cut.value && id <= tie", "score == cut.value && id > tie", ("topk",)
     ),
     "exact scores leave out a number of the tail": Fault(
         "simd_avx2.h", "const int left = width - 4 * g;", "const int left = width - 1 - 4 * g;", ("topk",)
