@@ -55,6 +55,7 @@ sanitize:
 	cmake -S . -B build/sanitize $(project) -DCMAKE_BUILD_TYPE=None -DFASTCOMPAT_SANITIZE=ON > /dev/null
 	cmake --build build/sanitize > /dev/null
 	build/sanitize/native_tests
+	tests/native/headers.sh
 
 threads:
 	.ci/thread-sanitizer

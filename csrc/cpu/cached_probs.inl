@@ -1,7 +1,9 @@
-// The key gradient from kept exponentials: dkey_j = sum_i c_ij query_i, c_ij = scale * g_i * exp(z_ij - lse_i).
+// The key gradient from cached exponentials: dkey_j = sum_i c_ij query_i, c_ij = scale * g_i * exp(z_ij - lse_i).
 // Floor: 2*B*N*D operations at the FMA peak. A block's exponentials become coefficients in a buffer that the caches
 // hold; packed rows as they are, these are one operand of the product, and the queries' columns, packed as lanes, the
 // other. Read twice: the sums, once per pass over the queries; fetched ahead.
+#pragma once
+#include "softmax.inl"
 
 namespace {
 
@@ -21,15 +23,15 @@ inline void pack_columns(const RowRange& r, float* panels) {
   }
 }
 
-// Kept exponentials of a block -> coefficients, in the same order. lse and scale * g of the queries, up to a multiple
-// of CHUNK.
-inline void coefficients_of_kept(const KeptItem& item, int64_t block, int n, const float* lse, const float* g,
-                                 float* coefficients) {
-  const float* exps = item.kept.exps + block * NB * item.kept.queries;
+// Cached exponentials of a block -> coefficients, in the same order. lse and scale * g of the queries, up to a
+// multiple of CHUNK.
+inline void coefficients_from_cache(const CachedGradientItem& item, int64_t block, int n, const float* lse,
+                                    const float* g, float* coefficients) {
+  const float* exps = item.cached.exps + block * NB * item.cached.queries;
   for (int64_t q = 0; q < item.query.count; q += CHUNK) {
     F weight[CHUNK / W];
     for (int v = 0; v < CHUNK / W; ++v) {
-      const F shift = Simd::load(item.kept.shifts + block * item.kept.queries + q + v * W);
+      const F shift = Simd::load(item.cached.shifts + block * item.cached.queries + q + v * W);
       weight[v] = Simd::mul(Simd::load(g + q + v * W), exp(Simd::sub(shift, Simd::load(lse + q + v * W))));
     }
     for (int64_t at = q * NB; at < q * NB + n * CHUNK; at += CHUNK)
@@ -67,20 +69,20 @@ inline __attribute__((always_inline)) void add_tile(const F (&acc)[R][NV], float
   }
 }
 
-void kept_item(const KeptItem& item, Workspace& ws) {
+void cached_gradient_item(const CachedGradientItem& item, Workspace& ws) {
   const int64_t queries = item.query.count, dim = item.keys.matrix.dim, strips = (dim + L - 1) / L;
-  float* panels = ws.floats(kLanes, strips * queries * L);
-  float* coefficients = ws.floats(kRows, NB * item.kept.queries);
-  float* lse = ws.floats(kMisc, 2 * item.kept.queries);
-  float* g = lse + item.kept.queries;
+  float* panels = ws.floats(kPanels, strips * queries * L);
+  float* coefficients = ws.floats(kBlock, NB * item.cached.queries);
+  float* lse = ws.floats(kQueryTerms, 2 * item.cached.queries);
+  float* g = lse + item.cached.queries;
   pack_columns(item.query, panels);
-  for (int64_t q = 0; q < item.kept.queries; ++q) {
+  for (int64_t q = 0; q < item.cached.queries; ++q) {
     lse[q] = q < queries ? item.neg_lse[q] : 0.0f;
     g[q] = q < queries ? item.scale * item.g_neg[q] : 0.0f;
   }
   for (int64_t first = 0; first < item.keys.count; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(item.keys.count - first, NB));
-    coefficients_of_kept(item, first / NB, n, lse, g, coefficients);
+    coefficients_from_cache(item, first / NB, n, lse, g, coefficients);
     for (int64_t t = 0; t < strips; ++t)
       for (int row = 0; row < n; row += MR)
         with_count<MR>(smaller(n - row, MR), [&](auto rows) {

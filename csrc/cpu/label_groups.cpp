@@ -1,4 +1,4 @@
-#include "groups.h"
+#include "label_groups.h"
 
 #include <cstddef>
 
@@ -31,6 +31,7 @@ class LabelTable {
   }
 
  private:
+  // Fibonacci hashing: the top bits of a multiple of 2^64 / the golden ratio. Labels are not negative, so -1 is free.
   size_t slot(int64_t label) const {
     size_t at = (static_cast<uint64_t>(label) * 0x9e3779b97f4a7c15ull) >> (64 - bits_);
     while (labels_[at] != label && labels_[at] >= 0) at = (at + 1) & (labels_.size() - 1);
@@ -56,7 +57,7 @@ void list_rows(const std::vector<int32_t>& group, int64_t count, std::vector<int
 
 }  // namespace
 
-Groups::Groups(const int64_t* query_labels, int64_t queries, const int64_t* key_labels, int64_t keys) {
+LabelGroups::LabelGroups(const int64_t* query_labels, int64_t queries, const int64_t* key_labels, int64_t keys) {
   LabelTable table(queries);
   query_group.resize(static_cast<size_t>(queries));
   key_group.resize(static_cast<size_t>(keys));

@@ -1,15 +1,18 @@
-// The screen of a few queries, for which the keys' way from memory is the limit: fp32 products of rows where they lie,
-// nothing packed. The additions of a pair come in another order than in the score, so here too a bound decides. Rows
-// are taken in step from four places: the processor fetches each of them by itself, sooner than when it is told to.
-// l2 takes the squared differences themselves, which are as quick here; two such sums differ by a part of themselves.
+// The screen of a handful of queries, for which the keys' way from memory is the limit: fp32 products of rows where
+// they lie, nothing packed. The additions of a pair come in another order than in the score, so here too a bound
+// decides. Rows are taken in step from four places: the processor prefetches each of them by itself, sooner than when
+// it is told to. l2 takes the squared differences themselves, which are as quick here; two such sums differ by a part
+// of themselves.
+#pragma once
+#include "candidates.inl"
 
 namespace {
 
-constexpr int kFew = 8;              // queries
-constexpr int kStreams = 4;          // places where rows are read
-constexpr float kVanishes = 1e-36f;  // above what terms that vanish add up to
-constexpr int kTogether = 2;         // queries whose sums with so many rows the registers hold
-static_assert(kFew <= L && NB % kStreams == 0);
+constexpr int kStreamingQueries = 8;  // queries
+constexpr int kStreams = 4;           // places where rows are read
+constexpr float kUnderflow = 1e-36f;  // above what the terms that underflow add up to
+constexpr int kQueriesAtOnce = 2;     // queries whose sums with so many rows the registers hold
+static_assert(kStreamingQueries <= L && NB % kStreams == 0);
 
 template <DType T>
 inline F load_numbers(const void* row, int64_t d) {
@@ -53,15 +56,15 @@ inline void multiply_rows(const Matrix& keys, const int64_t (&rows)[kStreams], c
 }
 
 template <class A, DType T>
-void screen_few_of(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
-                   int64_t* bad, Workspace& ws) {
+void screen_streaming_as(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end,
+                         BoundedCandidates& candidates, int64_t* bad, Workspace& ws) {
   constexpr bool l2 = kDifferences<A>;
   const int64_t dim = s.query.dim, stride = padded(dim);
   const int n_queries = static_cast<int>(item.n_queries);
-  float* queries = ws.floats(kLanes, n_queries * stride);
-  float* line = ws.floats(kLine, dim);
+  float* queries = ws.floats(kPanels, n_queries * stride);
+  float* line = ws.floats(kRow, dim);
   float* products = ws.floats(kScores, NB * L);
-  float* numbers = ws.floats(kRows, KeyBounds::kNumbers * NB);
+  float* numbers = ws.floats(kKeyBounds, KeyBounds::kNumbers * NB);
   std::memset(numbers, 0, KeyBounds::kNumbers * NB * sizeof(float));
   std::memset(products, 0, NB * L * sizeof(float));
   std::memset(queries, 0, static_cast<size_t>(n_queries * stride) * sizeof(float));
@@ -75,14 +78,14 @@ void screen_few_of(const TopkItem& item, const SearchSegment& s, int64_t begin, 
   }
   if (l2) {
     const float part = (2 * static_cast<float>(dim) + 32) * 0x1p-24f;
-    strip.stretch = (1 + part) / (1 - part);
+    strip.sum_ratio = (1 + part) / (1 - part);
     for (int i = 0; i < NB; ++i) {
       bounds.multiply[i] = part - 1;
-      bounds.high[i] = kVanishes;
-      bounds.low[i] = -kVanishes;
+      bounds.high[i] = kUnderflow;
+      bounds.low[i] = -kUnderflow;
     }
   }
-  Screening screening(candidates, s);
+  SegmentScreen screen(candidates, s);
   candidates.state.take_any_order();
   const RowRange keys{s.keys, s.rows, 0, s.count};
   constexpr int kRows = NB / kStreams;  // of a stream in a block
@@ -99,8 +102,8 @@ void screen_few_of(const TopkItem& item, const SearchSegment& s, int64_t begin, 
       int64_t rows[kStreams];
       float norms[kStreams];
       for (int stream = 0; stream < kStreams; ++stream) rows[stream] = keys.row(first[i < n[stream] ? stream : 0] + i);
-      for (int q = 0; q < n_queries; q += kTogether)
-        with_count<kTogether>(smaller(n_queries - q, kTogether), [&](auto some) {
+      for (int q = 0; q < n_queries; q += kQueriesAtOnce)
+        with_count<kQueriesAtOnce>(smaller(n_queries - q, kQueriesAtOnce), [&](auto some) {
           constexpr int Q = decltype(some)::value;
           float* out = products + i * L + q;
           if (q || l2)
@@ -125,19 +128,19 @@ void screen_few_of(const TopkItem& item, const SearchSegment& s, int64_t begin, 
       }
     }
     if (!l2) bounds.finish(NB, dim, nullptr);
-    const Blur most = bounds.most(NB);  // rows left from the block before only make it larger
+    const ErrorFactors most = bounds.most(NB);  // rows left from the block before only make it larger
     for (int stream = 0; stream < kStreams; ++stream)
-      screening.block<false>(bounds.from(stream * kRows), most, products + stream * kRows * L, first[stream], n[stream],
-                             strip, 0);
+      screen.block<false>(bounds.from(stream * kRows), most, products + stream * kRows * L, first[stream], n[stream],
+                          strip, 0);
   }
 }
 
 template <class A>
-void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
-                int64_t* bad, Workspace& ws) {
-  const auto screen = s.keys.dtype == DType::f32    ? screen_few_of<A, DType::f32>
-                      : s.keys.dtype == DType::bf16 ? screen_few_of<A, DType::bf16>
-                                                    : screen_few_of<A, DType::f16>;
+void screen_streaming(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end,
+                      BoundedCandidates& candidates, int64_t* bad, Workspace& ws) {
+  const auto screen = s.keys.dtype == DType::f32    ? screen_streaming_as<A, DType::f32>
+                      : s.keys.dtype == DType::bf16 ? screen_streaming_as<A, DType::bf16>
+                                                    : screen_streaming_as<A, DType::f16>;
   screen(item, s, begin, end, candidates, bad, ws);
 }
 
