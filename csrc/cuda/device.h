@@ -30,6 +30,8 @@ namespace fastcompat::cuda {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
+constexpr unsigned kAllLanes = ~0u;  // of a warp
+
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }

@@ -11,12 +11,12 @@ constexpr int kFinishWarps = 8;
 // report: finish_stats 40 registers; LDG.*128*
 template <class T>
 __global__ void __launch_bounds__(32 * kFinishWarps)
-    finish_stats(SoftmaxProblem p, Pairs pairs, LogSumExp<T, 0> parts, SoftmaxStats out, int splits, int sums) {
-  const int64_t B = pairs.queries, D = p.query.dim;
+    finish_stats(SoftmaxProblem p, ProblemView problem, LogSumExp<T, 0> parts, SoftmaxStats out, int splits, int sums) {
+  const int64_t B = problem.queries, D = p.query.dim;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kFinishWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= B) return;
-  const bool bad = pairs.bad(row);
+  const bool bad = problem.bad(row);
 
   float top = kLowest, sum = 0.0f;
   for (int s = 0; s < splits * sums; ++s) top = fmaxf(top, parts.ref[s * B + row]);
@@ -40,17 +40,17 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
 
   float lse = -CUDART_INF_F, total = 0.0f;
   int64_t count = 0;
-  if (pairs.positive) {
-    const int j = pairs.bad_index(pairs.positive, row) ? 0 : pairs.index(pairs.positive, row);
+  if (problem.positive) {
+    const int j = problem.bad_index(problem.positive, row) ? 0 : problem.index(problem.positive, row);
     const bool counts =
-        j >= 0 && j != pairs.index(pairs.exclude, row) && !(pairs.bias && pairs.bias[j] == -CUDART_INF_F);
+        j >= 0 && j != problem.index(problem.exclude, row) && !(problem.bias && problem.bias[j] == -CUDART_INF_F);
     if (counts) {
       const T* query = static_cast<const T*>(p.query.data) + row * p.query.stride;
       const T* key = static_cast<const T*>(p.keys.data) + j * p.keys.stride;
       float dot = 0.0f;
       for (int64_t d = lane; d < D; d += 32) dot = fmaf(static_cast<float>(query[d]), static_cast<float>(key[d]), dot);
       for (int bit = 16; bit; bit /= 2) dot += __shfl_xor_sync(kAllLanes, dot, bit);
-      lse = total = fmaf(pairs.full_scale(), dot, pairs.bias ? pairs.bias[j] : 0.0f);
+      lse = total = fmaf(problem.full_scale(), dot, problem.bias ? problem.bias[j] : 0.0f);
       count = 1;
     }
   } else if (parts.pos_count) {
@@ -98,14 +98,15 @@ __global__ void __launch_bounds__(256) finish_bias_grad(const float* parts, floa
   dbias[j] = sum;
 }
 
-// power: 2^(14 - e) for the largest coefficient bound in [2^e, 2^(e+1)): every fp16 coefficient stays below 2^15.
-// report: coefficient_power 27 registers
-__global__ void __launch_bounds__(1024) coefficient_power(Pairs pairs, SoftmaxGrads grads, float* power) {
+// 2^(14 - e) for the largest coefficient bound in [2^e, 2^(e+1)): every fp16 coefficient stays below 2^15.
+// report: find_coefficient_scale 27 registers
+__global__ void __launch_bounds__(1024)
+    find_coefficient_scale(ProblemView problem, SoftmaxGrads grads, float* coefficient_scale) {
   DYN_SMEM(smem);
   float* of_warp = reinterpret_cast<float*>(smem);
   float top = 0.0f;
-  for (int64_t i = threadIdx.x; i < pairs.queries; i += 1024) {
-    if (pairs.bad(i)) continue;
+  for (int64_t i = threadIdx.x; i < problem.queries; i += 1024) {
+    if (problem.bad(i)) continue;
     if (grads.g_neg && grads.neg_lse[i] != -CUDART_INF_F) top = fmaxf(top, fabsf(grads.g_neg[i]));
     if (grads.pos_lse[i] == -CUDART_INF_F) continue;
     const float pos = grads.g_pos ? fabsf(grads.g_pos[i]) : 0.0f, sum = grads.g_sum ? fabsf(grads.g_sum[i]) : 0.0f;
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(1024) coefficient_power(Pairs pairs, SoftmaxGr
   if (threadIdx.x) return;
   for (int w = 1; w < 32; ++w) top = fmaxf(top, of_warp[w]);
   const bool usable = top > 0.0f && top < kHighest;
-  *power = usable ? exp2f(static_cast<float>(min(14 - ilogbf(top), 120))) : 1.0f;
+  *coefficient_scale = usable ? exp2f(static_cast<float>(min(14 - ilogbf(top), 120))) : 1.0f;
 }
 
 }  // namespace fastcompat::cuda::sm90

@@ -9,6 +9,16 @@
 
 namespace fastcompat::cuda {
 
+// v, but the compiler may not know: what follows from it is computed here, not ahead of the loops around, where it
+// would hold a register all the way through.
+template <class V>
+__device__ __forceinline__ V opaque(V v) {
+#if !CUDA_ON_CPU
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 // Byte address inside the block's shared memory.
 __device__ __forceinline__ uint32_t smem_addr(const void* p CALLER) {
 #if CUDA_ON_CPU

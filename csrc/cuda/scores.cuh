@@ -14,12 +14,11 @@
 
 namespace fastcompat::cuda {
 
-constexpr int TILE = 128;  // positions of keys that share one KeyBounds
-constexpr int PIECE = 32;  // packed rows are padded to a multiple of this many columns
-constexpr uint32_t ALL_LANES = ~0u;
+constexpr int TILE = 128;           // positions of keys that share one KeyBounds
+constexpr int PIECE = 32;           // packed rows are padded to a multiple of this many columns
 using code_t = unsigned long long;  // what 64-bit atomics take
 
-struct alignas(16) RowTerms {
+struct alignas(16) RowFactors {
   float multiply, add;  // `add` is the lift where the norm is infinite, but with l2
   float norm;           // at least that of the row, and of what tensor cores see of it; infinite where it is extreme
   float residual;       // at least the norm of what they do not see
@@ -35,10 +34,10 @@ struct alignas(16) KeyBounds {
 struct Space {
   Segment segment;
   Metric metric;
-  int64_t start;                // positions of the segments before it
-  const RowTerms* query_terms;  // [B]
-  const RowTerms* key_terms;    // [count]
-  const KeyBounds* tiles;       // [count / TILE]
+  int64_t start;                    // positions of the segments before it
+  const RowFactors* query_factors;  // [B]
+  const RowFactors* key_factors;    // [count]
+  const KeyBounds* tiles;           // [count / TILE]
 
   __host__ __device__ int64_t row(int64_t position) const { return segment.rows ? segment.rows[position] : position; }
 };
@@ -47,7 +46,7 @@ struct Space {
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) x = __fadd_rn(x, __shfl_xor_sync(ALL_LANES, x, lanes));
+  for (int lanes = 16; lanes; lanes /= 2) x = __fadd_rn(x, __shfl_xor_sync(kAllLanes, x, lanes));
   return x;
 }
 
@@ -115,10 +114,10 @@ __device__ __forceinline__ float finish(float inner, float multiply, float add, 
   return __fadd_rn(__fmaf_rn(score > most ? most : score, s.segment.scale, s.segment.offset), 0.0f);
 }
 
-__device__ __forceinline__ float lift_of(const RowTerms& t) { return t.norm < CUDART_INF_F ? 1.0f : t.add; }
+__device__ __forceinline__ float lift_of(const RowFactors& t) { return t.norm < CUDART_INF_F ? 1.0f : t.add; }
 
-__device__ __forceinline__ float score_of(const Space& s, int64_t query, const RowTerms& q, int64_t row,
-                                          const RowTerms& k) {
+__device__ __forceinline__ float score_of(const Space& s, int64_t query, const RowFactors& q, int64_t row,
+                                          const RowFactors& k) {
   if (s.metric == Metric::l2) {
     const float square = sum_of(s.segment.query, query, s.segment.keys, row, [](float x, float y, float sum) {
       const float t = __fsub_rn(x, y);
@@ -147,7 +146,7 @@ __device__ __forceinline__ float squared_norm(const Matrix& m, int64_t row, doub
       for (int e = 0; e < 8; ++e) wide += static_cast<double>(x[e]) * x[e];
     }
 #pragma unroll
-    for (int lanes = 16; lanes; lanes /= 2) wide += __shfl_xor_sync(ALL_LANES, wide, lanes);
+    for (int lanes = 16; lanes; lanes /= 2) wide += __shfl_xor_sync(kAllLanes, wide, lanes);
   }
   return square;
 }
@@ -164,23 +163,23 @@ __device__ __forceinline__ float lift_for(Metric metric, double wide) {
 }
 
 // Sets all but the residual; norm: infinity, or 0 to be added to.
-__device__ __forceinline__ void set_factors(Metric metric, bool key, float square, double wide, RowTerms& terms) {
-  terms = {1, 0, 0, 0};
+__device__ __forceinline__ void set_factors(Metric metric, bool key, float square, double wide, RowFactors& factors) {
+  factors = {1, 0, 0, 0};
   if (metric == Metric::l2) {
-    terms.multiply = key ? 2 : 1;
-    terms.add = -square;
+    factors.multiply = key ? 2 : 1;
+    factors.add = -square;
     return;
   }
   const float lift = lift_for(metric, wide);
   if (lift != 1) {
-    terms.norm = CUDART_INF_F;
-    terms.add = lift;
+    factors.norm = CUDART_INF_F;
+    factors.add = lift;
   }
   if (metric == Metric::cosine) {
     const double norm = sqrt(wide) * lift;
-    terms.multiply = norm > 0 ? static_cast<float>(1 / norm) : 0.0f;
+    factors.multiply = norm > 0 ? static_cast<float>(1 / norm) : 0.0f;
   } else {
-    terms.multiply = 1 / lift;
+    factors.multiply = 1 / lift;
   }
 }
 
@@ -217,18 +216,18 @@ __device__ __forceinline__ float square_error(int64_t dim) { return (static_cast
 
 // Bound of |screened - exact| of `inner`, by Cauchy-Schwarz on what rounding left out, plus both accumulations' error,
 // products that underflow, and the rounding of inner itself.
-__device__ __forceinline__ float inner_error(const RowTerms& q, const KeyBounds& k, int64_t dim) {
+__device__ __forceinline__ float inner_error(const RowFactors& q, const KeyBounds& k, int64_t dim) {
   const float product = q.norm * k.norm;
   return q.norm * k.residual + q.residual * k.norm + accumulation_error(dim) * product +
          static_cast<float>(dim) * 0x1p-120f * k.multiply + 0x1p-19f * (product + k.add) + square_error(dim) * k.add;
 }
 
-__device__ __forceinline__ KeyBounds bounds_of(const RowTerms& k) {
+__device__ __forceinline__ KeyBounds bounds_of(const RowFactors& k) {
   return {k.multiply * k.residual, k.multiply * k.norm, fabsf(k.add), k.multiply};
 }
 
 // The interval that holds the exact score of a pair whose screened `inner` is given; everything where nothing is sure.
-__device__ __forceinline__ void score_interval(float inner, const RowTerms& q, const RowTerms& k, const Space& s,
+__device__ __forceinline__ void score_interval(float inner, const RowFactors& q, const RowFactors& k, const Space& s,
                                                float& low, float& high) {
   const float screened = finish(inner, q.multiply, q.add, s);
   const float error = inner_error(q, bounds_of(k), s.segment.keys.dim);
@@ -244,7 +243,7 @@ __device__ __forceinline__ void score_interval(float inner, const RowTerms& q, c
 }
 
 // No key whose `inner` is below this by its error has a score of `threshold` or more.
-__device__ __forceinline__ float inner_level(float threshold, const RowTerms& q, const Space& s) {
+__device__ __forceinline__ float inner_level(float threshold, const RowFactors& q, const Space& s) {
   const float scale = s.segment.scale, offset = s.segment.offset;
   if (!(scale > 0 && q.multiply > 0)) return -CUDART_INF_F;
   const float level = ((threshold - offset) / scale - q.add) / q.multiply;
@@ -253,7 +252,7 @@ __device__ __forceinline__ float inner_level(float threshold, const RowTerms& q,
 }
 
 // The same for all keys of a tile as they are screened.
-__device__ __forceinline__ float limit_at(float level, const RowTerms& q, const KeyBounds& tile, const Space& s) {
+__device__ __forceinline__ float limit_at(float level, const RowFactors& q, const KeyBounds& tile, const Space& s) {
   const float limit = level - 1.001f * inner_error(q, tile, s.segment.keys.dim);
   return limit < 3e38f ? limit : -CUDART_INF_F;  // NaN: nothing is sure
 }

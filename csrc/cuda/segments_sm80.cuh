@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "row_terms.cuh"
+#include "row_factors.cuh"
 #include "screen_sm80.cuh"
 #include "search_sm80.h"
 
@@ -72,12 +72,12 @@ class SegmentScreen {
                 Scratch& scratch, bool gathers = true)
       : number_(number), terms_(s.keys.dtype == DType::f32 ? terms : 1), flag_(flag) {
     check_sizes(s);
-    auto* query_terms = scratch.take<RowTerms>(s.query.rows);
-    auto* key_terms = scratch.take<RowTerms>(s.count);
+    auto* query_factors = scratch.take<RowFactors>(s.query.rows);
+    auto* key_factors = scratch.take<RowFactors>(s.count);
     tiles_ = scratch.take<KeyBounds>(tiles_in(s.count));
-    space_ = {s, metric, start, query_terms, key_terms, tiles_};
-    query_terms_ = query_terms;
-    key_terms_ = key_terms;
+    space_ = {s, metric, start, query_factors, key_factors, tiles_};
+    query_factors_ = query_factors;
+    key_factors_ = key_factors;
     block_ = std::max<int64_t>(s.count, 1);
     if (!readable(s.query)) query_packed_ = scratch.take<uint16_t>(queries * packed_columns());
     if (!readable(s.keys) || (s.rows && !gathers)) {
@@ -93,16 +93,17 @@ class SegmentScreen {
 
   void read_queries(int64_t first, int64_t end, void* stream) const {
     read_rows({space_.segment.query, nullptr, first, end, space_.metric, false, flag_,
-               nonfinite_code(number_, false, 0), nullptr, nullptr, query_terms_, nullptr, query_packed_, terms_},
+               nonfinite_code(number_, false, 0), nullptr, nullptr, query_factors_, nullptr, query_packed_, terms_},
               stream);
   }
 
   // Only keys at positions [*checked_first, *checked_end) are checked for NaN and infinity; null: all.
   void read_keys(int64_t first, int64_t end, const int64_t* checked_first, const int64_t* checked_end,
                  void* stream) const {
-    read_rows({space_.segment.keys, space_.segment.rows, first, end, space_.metric, true, flag_,
-               nonfinite_code(number_, true, 0), checked_first, checked_end, key_terms_, tiles_, keys_packed_, terms_},
-              stream);
+    read_rows(
+        {space_.segment.keys, space_.segment.rows, first, end, space_.metric, true, flag_,
+         nonfinite_code(number_, true, 0), checked_first, checked_end, key_factors_, tiles_, keys_packed_, terms_},
+        stream);
   }
 
   // These queries against these keys, not yet cut into blocks.
@@ -135,7 +136,7 @@ class SegmentScreen {
   Space space_ = {};
   int number_, terms_;
   code_t* flag_;
-  RowTerms *query_terms_, *key_terms_;
+  RowFactors *query_factors_, *key_factors_;
   KeyBounds* tiles_;
   uint16_t *query_packed_ = nullptr, *keys_packed_ = nullptr;
   int64_t block_;

@@ -1,4 +1,4 @@
-// What the softmax kernels share: sums of exponentials under a shift, members of a row, numbers of any type.
+// What the softmax kernels probability: sums of exponentials under a shift, members of a row, numbers of any type.
 #pragma once
 #include "../fastcompat.h"
 #include "tiles_sm80.cuh"
@@ -18,15 +18,15 @@ __device__ __forceinline__ void merge(float& top, float& sum, float other_top, f
 }
 
 // e^(z - lse), which is at most 1: two kernels may round huge logits differently. NaN stays NaN.
-__device__ __forceinline__ float share(float z, float lse) {
+__device__ __forceinline__ float probability(float z, float lse) {
   const float x = z - lse;
   return __expf(x > 0.0f ? 0.0f : x);
 }
 
 template <class V, class Op>
 __device__ __forceinline__ V over_quad(V v, Op op) {
-  v = op(v, __shfl_xor_sync(~0u, v, 1));
-  return op(v, __shfl_xor_sync(~0u, v, 2));
+  v = op(v, __shfl_xor_sync(kAllLanes, v, 1));
+  return op(v, __shfl_xor_sync(kAllLanes, v, 2));
 }
 struct Add {
   template <class V>

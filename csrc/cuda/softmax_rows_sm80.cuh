@@ -15,7 +15,7 @@ __device__ __forceinline__ int64_t row_of_warp() {
 
 // The sum over the warp's lanes, the same in each.
 __device__ __forceinline__ double over_warp(double v) {
-  for (int n = 16; n; n /= 2) v += __shfl_xor_sync(~0u, v, n);
+  for (int n = 16; n; n /= 2) v += __shfl_xor_sync(kAllLanes, v, n);
   return v;
 }
 
@@ -110,12 +110,12 @@ __global__ void __launch_bounds__(kRowThreads) combine_stats(const __grid_consta
   }
 }
 
-struct TermsArgs {
+struct QueryInfoArgs {
   SoftmaxGrads in;
   int64_t queries, keys;
   const int64_t *query_labels, *positive, *exclude;
   float* coefficient_scale;  // or null: 1
-  QueryTerms* out;
+  QueryInfo* out;
 };
 
 struct CleanGradients {
@@ -132,7 +132,7 @@ __device__ __forceinline__ CleanGradients clean(const SoftmaxGrads& in, int64_t 
 // The power of two that takes the largest possible coefficient to 2^14 .. 2^15: fp16 coefficients keep their bits. One
 // block.
 // report: find_coefficient_scale 18 registers
-__global__ void __launch_bounds__(1024) find_coefficient_scale(const __grid_constant__ TermsArgs a) {
+__global__ void __launch_bounds__(1024) find_coefficient_scale(const __grid_constant__ QueryInfoArgs a) {
   DYN_SMEM(smem);
   int* largest = reinterpret_cast<int*>(smem);
   if (threadIdx.x == 0) *largest = 0;
@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(1024) find_coefficient_scale(const __grid_cons
   }
 }
 
-// report: make_terms 30 registers
-__global__ void __launch_bounds__(kRowThreads) make_terms(const __grid_constant__ TermsArgs a) {
+// report: make_query_info 30 registers
+__global__ void __launch_bounds__(kRowThreads) make_query_info(const __grid_constant__ QueryInfoArgs a) {
   const int64_t i = blockIdx.x * int64_t{kRowThreads} + threadIdx.x;
   if (i >= a.queries) return;
   const float scale = a.coefficient_scale ? *a.coefficient_scale : 1.0f;
@@ -173,7 +173,7 @@ struct QueryGradArgs {
   const int64_t *positive, *exclude;
   SoftmaxGrads grads;
   const float* mean;
-  const float* sums;  // [splits, B, D] positives' share, or null
+  const float* sums;  // [splits, B, D] positives' probability, or null
   const float* dots;  // [splits, B] of its products with the query, from coefficients that are not rounded
   int splits;
   void* dquery;

@@ -36,14 +36,14 @@ T* at(const Launch& launch, size_t place) {
 }
 
 // A matrix as the tiles read it: in place, or rounded into scratch.
-struct Operand {
+struct TileMatrix {
   const Matrix& matrix;
   int terms;
   bool packed;
   int64_t stride;
   size_t place = 0;
 
-  Operand(const Matrix& m, int terms, Scratch& scratch) : matrix(m), terms(terms) {
+  TileMatrix(const Matrix& m, int terms, Scratch& scratch) : matrix(m), terms(terms) {
     const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && (m.stride % 8 == 0 || m.rows <= 1);
     packed = m.dtype == DType::f32 || !aligned;
     stride = packed ? round_up(m.dim, 8) : m.stride;
@@ -73,15 +73,15 @@ bool wide_sums(int64_t x_rows, int64_t dim, int terms) {
 }
 
 // How X stays and Y streams: tile, splits, shared memory.
-struct Plan {
+struct Tiling {
   bool wide;
   int64_t x_tiles, splits, slices;
   Walk walk{};
   size_t smem;
 
   // Tiles of 128 rows of X by 64 of Y where wide, else 64 by 128.
-  Plan(int64_t x_rows, int64_t y_rows, int64_t dim, int terms, bool sums, bool wide, int info_row, int own[2],
-       int device, int64_t most_tiles = int64_t{1} << 30)
+  Tiling(int64_t x_rows, int64_t y_rows, int64_t dim, int terms, bool sums, bool wide, int info_row, int own[2],
+         int device, int64_t most_tiles = int64_t{1} << 30)
       : wide(wide) {
     const int64_t groups = terms > 1 ? SplitFloat::groups : Bf16::groups;
     const int64_t tm = wide ? 128 : 64, tn = kScores / tm;
@@ -138,99 +138,99 @@ dim3 row_blocks(int64_t rows) { return dim3(static_cast<unsigned>(ceil_div(rows,
 
 // ---- statistics
 
-struct StatsPlan {
+struct StatsCall {
   Scratch scratch;
   int terms;
-  Operand query, keys;
-  Plan plan;
+  TileMatrix query, keys;
+  Tiling tiling;
   size_t parts, sums = 0;
 
-  StatsPlan(const SoftmaxProblem& p, bool want_mean, const Launch& launch)
+  StatsCall(const SoftmaxProblem& p, bool want_mean, const Launch& launch)
       : terms(terms_of(p.query.dtype, launch.precision)),
         query(p.query, terms, scratch),
         keys(p.keys, terms, scratch),
-        plan(make(p, want_mean, terms, launch.device)) {
-    parts = scratch.take(plan.splits * p.query.rows * sizeof(RowPart));
-    if (want_mean) sums = scratch.take(plan.splits * p.query.rows * p.query.dim * sizeof(float));
+        tiling(make(p, want_mean, terms, launch.device)) {
+    parts = scratch.take(tiling.splits * p.query.rows * sizeof(RowPart));
+    if (want_mean) sums = scratch.take(tiling.splits * p.query.rows * p.query.dim * sizeof(float));
   }
 
  private:
-  static Plan make(const SoftmaxProblem& p, bool want_mean, int terms, int device) {
+  static Tiling make(const SoftmaxProblem& p, bool want_mean, int terms, int device) {
     int own[2] = {sizeof(StatsMemory<64>), sizeof(StatsMemory<128>)};
-    return Plan(p.query.rows, p.keys.rows, p.query.dim, terms, want_mean,
-                !want_mean || wide_sums(p.query.rows, p.query.dim, terms), sizeof(KeyInfo<1>), own, device);
+    return Tiling(p.query.rows, p.keys.rows, p.query.dim, terms, want_mean,
+                  !want_mean || wide_sums(p.query.rows, p.query.dim, terms), sizeof(KeyInfo<1>), own, device);
   }
 };
 
 using StatsKernel = void (*)(StatsArgs);
 template <class F>
-StatsKernel stats_kernel(const Plan& plan, bool sums) {
+StatsKernel stats_kernel(const Tiling& tiling, bool sums) {
   if (!sums) return softmax_tiles<F, 128, false>;
   if constexpr (!F::split)
-    if (plan.wide) return softmax_tiles<F, 128, true>;
+    if (tiling.wide) return softmax_tiles<F, 128, true>;
   return softmax_tiles<F, 64, true>;
 }
 
 // ---- gradients
 
 // Coefficients of all pairs (keys stay) or of positives (queries stay).
-struct GradientPlan {
+struct GradientCall {
   Scratch scratch;
   int terms;
   bool keys_stay;
-  Operand query, keys;
-  Plan plan;
-  size_t query_terms, coefficient_scale, sums = 0, row_sums = 0;
+  TileMatrix query, keys;
+  Tiling tiling;
+  size_t query_info, coefficient_scale, sums = 0, row_sums = 0;
 
-  GradientPlan(const SoftmaxProblem& p, bool keys_stay, bool positives_only, bool want_sums, bool want_row_sums,
+  GradientCall(const SoftmaxProblem& p, bool keys_stay, bool positives_only, bool want_sums, bool want_row_sums,
                const Launch& launch)
       : terms(terms_of(p.query.dtype, launch.precision)),
         keys_stay(keys_stay),
         query(p.query, terms, scratch),
         keys(p.keys, terms, scratch),
-        plan(make(p, keys_stay, positives_only, want_sums, terms, launch.device)) {
-    query_terms = scratch.take(p.query.rows * sizeof(QueryTerms));
+        tiling(make(p, keys_stay, positives_only, want_sums, terms, launch.device)) {
+    query_info = scratch.take(p.query.rows * sizeof(QueryInfo));
     coefficient_scale = scratch.take(sizeof(float));
-    const int64_t rows = plan.splits * (keys_stay ? p.keys.rows : p.query.rows);
+    const int64_t rows = tiling.splits * (keys_stay ? p.keys.rows : p.query.rows);
     if (want_sums && partial()) sums = scratch.take(rows * p.query.dim * sizeof(float));
     if (want_row_sums && partial()) row_sums = scratch.take(rows * sizeof(float));
   }
-  bool partial() const { return !keys_stay || plan.splits > 1; }
+  bool partial() const { return !keys_stay || tiling.splits > 1; }
 
  private:
-  static Plan make(const SoftmaxProblem& p, bool keys_stay, bool positives_only, bool want_sums, int terms,
-                   int device) {
+  static Tiling make(const SoftmaxProblem& p, bool keys_stay, bool positives_only, bool want_sums, int terms,
+                     int device) {
     int own[2] = {sizeof(GradientMemory<64>), sizeof(GradientMemory<128>)};
     const int64_t B = p.query.rows, N = p.keys.rows;
-    return Plan(keys_stay ? N : B, keys_stay ? B : N, p.query.dim, terms, want_sums,
-                keys_stay && wide_sums(N, p.query.dim, terms), keys_stay ? sizeof(QueryTerms) : sizeof(KeyInfo<1>), own,
-                device, positives_only ? kMostSkippable : int64_t{1} << 30);
+    return Tiling(keys_stay ? N : B, keys_stay ? B : N, p.query.dim, terms, want_sums,
+                  keys_stay && wide_sums(N, p.query.dim, terms), keys_stay ? sizeof(QueryInfo) : sizeof(KeyInfo<1>),
+                  own, device, positives_only ? kMostSkippable : int64_t{1} << 30);
   }
 };
 
 using GradientKernel = void (*)(GradientArgs);
 template <class F>
-GradientKernel gradient_kernel(const GradientPlan& g) {
+GradientKernel gradient_kernel(const GradientCall& g) {
   if (!g.keys_stay) return gradient_tiles<F, 64, false>;
   if constexpr (!F::split)
-    if (g.plan.wide) return gradient_tiles<F, 128, true>;
+    if (g.tiling.wide) return gradient_tiles<F, 128, true>;
   return gradient_tiles<F, 64, true>;
 }
 
-void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxGrads& grads, void* out, float* row_sums,
+void run_gradient(const SoftmaxProblem& p, const GradientCall& g, const SoftmaxGrads& grads, void* out, float* row_sums,
                   const Launch& launch) {
   const bool half = p.query.dtype == DType::f16;
-  TermsArgs terms{grads,      p.query.rows, p.keys.rows, p.query_labels,
-                  p.positive, p.exclude,    nullptr,     at<QueryTerms>(launch, g.query_terms)};
+  QueryInfoArgs info{grads,      p.query.rows, p.keys.rows, p.query_labels,
+                     p.positive, p.exclude,    nullptr,     at<QueryInfo>(launch, g.query_info)};
   if (half) {
-    terms.coefficient_scale = at<float>(launch, g.coefficient_scale);
-    cuda::launch(find_coefficient_scale, dim3(1), dim3(1024), sizeof(int), launch.stream, terms);
+    info.coefficient_scale = at<float>(launch, g.coefficient_scale);
+    cuda::launch(find_coefficient_scale, dim3(1), dim3(1024), sizeof(int), launch.stream, info);
   }
   if (p.query.rows)
-    cuda::launch(make_terms, dim3(static_cast<unsigned>(ceil_div(p.query.rows, kRowThreads))), dim3(kRowThreads), 0,
-                 launch.stream, terms);
+    cuda::launch(make_query_info, dim3(static_cast<unsigned>(ceil_div(p.query.rows, kRowThreads))), dim3(kRowThreads),
+                 0, launch.stream, info);
   GradientArgs a{};
-  a.walk = g.plan.walk;
+  a.walk = g.tiling.walk;
   const Planes query = g.query.planes(launch), keys = g.keys.planes(launch);
   a.walk.x = g.keys_stay ? keys : query;
   a.walk.y = g.keys_stay ? query : keys;
@@ -240,8 +240,8 @@ void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxG
   a.scale_factor = launch.scale_factor;
   a.bias = p.bias;
   a.key_labels = p.query_labels ? p.key_labels : nullptr;
-  a.terms = terms.out;
-  a.coefficient_scale = terms.coefficient_scale;
+  a.queries = info.out;
+  a.coefficient_scale = info.coefficient_scale;
   a.out = out;
   a.out_dtype = g.partial() ? DType::f32 : p.keys.dtype;
   a.scale_out = !g.partial();
@@ -249,32 +249,32 @@ void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxG
   const GradientKernel kernel = g.terms > 1 ? gradient_kernel<SplitFloat>(g)
                                 : half      ? gradient_kernel<Fp16>(g)
                                             : gradient_kernel<Bf16>(g);
-  cuda::launch(kernel, g.plan.grid(), dim3(kThreads), g.plan.smem, launch.stream, a);
+  cuda::launch(kernel, g.tiling.grid(), dim3(kThreads), g.tiling.smem, launch.stream, a);
 }
 
 // The positives' share of the query gradient takes a pass over tiles where positives are found by label.
 bool wants_positives(const SoftmaxProblem& p, const SoftmaxGrads& grads) {
   return !p.positive && p.query_labels && (grads.g_pos || grads.g_sum);
 }
-GradientPlan query_plan(const SoftmaxProblem& p, const Launch& launch) {
-  return GradientPlan(p, false, true, true, true, launch);
+GradientCall query_call(const SoftmaxProblem& p, const Launch& launch) {
+  return GradientCall(p, false, true, true, true, launch);
 }
-GradientPlan key_plan(const SoftmaxProblem& p, const SoftmaxGrads& grads, bool want_keys, bool want_bias,
+GradientCall key_call(const SoftmaxProblem& p, const SoftmaxGrads& grads, bool want_keys, bool want_bias,
                       const Launch& launch) {
-  return GradientPlan(p, true, !grads.g_neg, want_keys, want_bias, launch);
+  return GradientCall(p, true, !grads.g_neg, want_keys, want_bias, launch);
 }
 
 }  // namespace
 
 size_t softmax_stats_scratch(const SoftmaxProblem& p, bool want_mean, const Launch& launch) {
-  return StatsPlan(p, want_mean, launch).scratch.bytes;
+  return StatsCall(p, want_mean, launch).scratch.bytes;
 }
 
 void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Launch& launch) {
   if (p.query.rows == 0) return;
-  const StatsPlan s(p, out.mean, launch);
+  const StatsCall s(p, out.mean, launch);
   StatsArgs a{};
-  a.walk = s.plan.walk;
+  a.walk = s.tiling.walk;
   a.walk.x = s.query.planes(launch);
   a.walk.y = s.keys.planes(launch);
   a.scale = p.scale;
@@ -286,21 +286,21 @@ void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Launc
   a.exclude = p.exclude;
   a.parts = at<RowPart>(launch, s.parts);
   a.sums = out.mean ? at<float>(launch, s.sums) : nullptr;
-  const StatsKernel kernel = s.terms > 1                   ? stats_kernel<SplitFloat>(s.plan, out.mean)
-                             : p.query.dtype == DType::f16 ? stats_kernel<Fp16>(s.plan, out.mean)
-                                                           : stats_kernel<Bf16>(s.plan, out.mean);
-  cuda::launch(kernel, s.plan.grid(), dim3(kThreads), s.plan.smem, launch.stream, a);
+  const StatsKernel kernel = s.terms > 1                   ? stats_kernel<SplitFloat>(s.tiling, out.mean)
+                             : p.query.dtype == DType::f16 ? stats_kernel<Fp16>(s.tiling, out.mean)
+                                                           : stats_kernel<Bf16>(s.tiling, out.mean);
+  cuda::launch(kernel, s.tiling.grid(), dim3(kThreads), s.tiling.smem, launch.stream, a);
   const CombineArgs c{p.query,   p.keys,
                       p.scale,   launch.scale_factor,
                       p.bias,    p.positive,
                       p.exclude, a.parts,
-                      a.sums,    static_cast<int>(s.plan.splits),
+                      a.sums,    static_cast<int>(s.tiling.splits),
                       out};
   cuda::launch(combine_stats, row_blocks(p.query.rows), dim3(kRowThreads), 0, launch.stream, c);
 }
 
 size_t softmax_query_grad_scratch(const SoftmaxProblem& p, const SoftmaxGrads& grads, const Launch& launch) {
-  return wants_positives(p, grads) ? query_plan(p, launch).scratch.bytes : 0;
+  return wants_positives(p, grads) ? query_call(p, launch).scratch.bytes : 0;
 }
 
 void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, const float* mean, void* dquery,
@@ -309,7 +309,7 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
   QueryGradArgs f{p.query, p.keys, p.scale, launch.scale_factor, p.positive, p.exclude, grads, mean, nullptr, nullptr,
                   0,       dquery, dscale};
   if (wants_positives(p, grads)) {
-    const GradientPlan g = query_plan(p, launch);
+    const GradientCall g = query_call(p, launch);
     float* sums = at<float>(launch, g.sums);
     SoftmaxGrads positives = grads;
     positives.g_neg = nullptr;
@@ -317,25 +317,25 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
     run_gradient(p, g, positives, sums, dots, launch);
     f.sums = sums;
     f.dots = dots;
-    f.splits = static_cast<int>(g.plan.splits);
+    f.splits = static_cast<int>(g.tiling.splits);
   }
   cuda::launch(finish_query_grad, row_blocks(p.query.rows), dim3(kRowThreads), 0, launch.stream, f);
 }
 
 size_t softmax_key_grad_scratch(const SoftmaxProblem& p, const SoftmaxGrads& grads, bool want_keys, bool want_bias,
                                 const Launch& launch) {
-  return key_plan(p, grads, want_keys, want_bias, launch).scratch.bytes;
+  return key_call(p, grads, want_keys, want_bias, launch).scratch.bytes;
 }
 
 void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* dkeys, float* dbias,
                       const Launch& launch) {
   if (p.keys.rows == 0 || (!dkeys && !dbias)) return;
-  const GradientPlan g = key_plan(p, grads, dkeys, dbias, launch);
+  const GradientCall g = key_call(p, grads, dkeys, dbias, launch);
   if (!g.partial()) return run_gradient(p, g, grads, dkeys, dbias, launch);
   float* sums = dkeys ? at<float>(launch, g.sums) : nullptr;
   float* bias_sums = dbias ? at<float>(launch, g.row_sums) : nullptr;
   run_gradient(p, g, grads, sums, bias_sums, launch);
-  const KeyGradArgs k{sums,    bias_sums,           p.keys.rows, p.query.dim,  static_cast<int>(g.plan.splits),
+  const KeyGradArgs k{sums,    bias_sums,           p.keys.rows, p.query.dim,  static_cast<int>(g.tiling.splits),
                       p.scale, launch.scale_factor, dkeys,       p.keys.dtype, dbias};
   cuda::launch(add_key_grads, row_blocks(p.keys.rows), dim3(kRowThreads), 0, launch.stream, k);
 }

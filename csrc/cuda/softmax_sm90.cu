@@ -22,11 +22,11 @@ bool suits(const SoftmaxProblem& p) {
 
 // Splits cost waves of blocks (in tiles, with 3 for a block's start and end) and traffic of their [rows, dim] results.
 // They depend on shapes and the device alone.
-struct Plan {
+struct Tiling {
   Walk walk;
   int splits;
 
-  Plan(int64_t rows, int64_t columns, int rows_a_block, int columns_a_tile, int64_t result_bytes, int device) {
+  Tiling(int64_t rows, int64_t columns, int rows_a_block, int columns_a_tile, int64_t result_bytes, int device) {
     int units = 0;
     check(cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
     const int64_t blocks = (rows + rows_a_block - 1) / rows_a_block;
@@ -90,15 +90,16 @@ TensorMap map_of(const Matrix& m, int box_rows) {
 
 // How the walk with two products is tiled, and into how many sums a split's columns are divided.
 template <int D>
-using Pair = std::conditional_t<(D <= 256), Two<D>, Halves>;
+using TwoProductTiles = std::conditional_t<(D <= 256), TwoProducts<D>, TwoProductsInHalves>;
 template <int D>
 constexpr int kSums = D <= 256 ? 1 : kConsumers;
 
 template <int D>
-Plan stats_plan(const SoftmaxProblem& p, bool want_mean, int device) {
+Tiling stats_tiling(const SoftmaxProblem& p, bool want_mean, int device) {
   const int64_t bytes = p.query.rows * (want_mean ? p.query.dim * 4 : 8);
-  return want_mean ? Plan(p.query.rows, p.keys.rows, Pair<D>::kRows, Pair<D>::kColumns, bytes, device)
-                   : Plan(p.query.rows, p.keys.rows, One<D>::kRows, One<D>::kColumns, bytes, device);
+  return want_mean
+             ? Tiling(p.query.rows, p.keys.rows, TwoProductTiles<D>::kRows, TwoProductTiles<D>::kColumns, bytes, device)
+             : Tiling(p.query.rows, p.keys.rows, OneProduct<D>::kRows, OneProduct<D>::kColumns, bytes, device);
 }
 
 template <class Parts>
@@ -118,12 +119,12 @@ size_t place_stats(Parts& parts, void* memory, const SoftmaxProblem& p, bool wan
 
 template <class T>
 struct KeyGradParts {
-  float *power, *keys, *bias;
+  float *coefficient_scale, *keys, *bias;
   size_t bytes;
 
   KeyGradParts(void* memory, const SoftmaxProblem& p, bool want_bias, int splits, int sums) {
     Scratch scratch(memory);
-    power = scratch.take<float>(1);
+    coefficient_scale = scratch.take<float>(1);
     keys = splits > 1 ? scratch.take<float>(splits * p.keys.rows * p.keys.dim) : nullptr;
     bias = splits * sums > 1 && want_bias ? scratch.take<float>(splits * sums * p.keys.rows) : nullptr;
     bytes = scratch.bytes();
@@ -131,21 +132,24 @@ struct KeyGradParts {
 };
 
 template <int D>
-Plan key_grad_plan(const SoftmaxProblem& p, int device) {
-  return Plan(p.keys.rows, p.query.rows, Pair<D>::kRows, Pair<D>::kColumns, p.keys.rows * p.keys.dim * 4, device);
+Tiling key_grad_tiling(const SoftmaxProblem& p, int device) {
+  return Tiling(p.keys.rows, p.query.rows, TwoProductTiles<D>::kRows, TwoProductTiles<D>::kColumns,
+                p.keys.rows * p.keys.dim * 4, device);
 }
 
-template <class T, int D, class Work>
-void launch_pair(const Matrix& rows, const Matrix& columns, const Work& work, const Plan& plan, void* stream) {
-  using Tiles = Pair<D>;
+template <class T, int D, class Reduction>
+void launch_two_products(const Matrix& rows, const Matrix& columns, const Reduction& reduction, const Tiling& tiling,
+                         void* stream) {
+  using Tiles = TwoProductTiles<D>;
   auto run = [&](auto kernel, int columns_at_once) {
-    launch_cluster(plan.walk.cluster, kernel, plan.grid(), dim3(kThreads), Tiles::template Memory<Work>::kBytes, stream,
-                   map_of<T>(rows, Tiles::kRows), map_of<T>(columns, columns_at_once / 2), work, plan.walk);
+    launch_cluster(tiling.walk.cluster, kernel, tiling.grid(), dim3(kThreads),
+                   Tiles::template Memory<Reduction>::kBytes, stream, map_of<T>(rows, Tiles::kRows),
+                   map_of<T>(columns, columns_at_once / 2), reduction, tiling.walk);
   };
   if constexpr (D <= 256)
-    run(two_products<T, D, Work>, Tiles::kColumns);
+    run(two_products<T, D, Reduction>, Tiles::kColumns);
   else
-    run(two_products_in_halves<T, Work>, Tiles::kOwn);
+    run(two_products_in_halves<T, Reduction>, Tiles::kOwn);
 }
 
 }  // namespace
@@ -155,8 +159,8 @@ bool covers_stats(const SoftmaxProblem& p) { return suits(p); }
 size_t softmax_stats_scratch(const SoftmaxProblem& p, bool want_mean, const Launch& launch) {
   size_t bytes = 0;
   dispatch(p, [&](auto t, auto d) {
-    LogSumExp<decltype(t), 0> parts{Pairs(p, nullptr)};
-    bytes = place_stats(parts, nullptr, p, want_mean, stats_plan<d>(p, want_mean, launch.device).splits,
+    LogSumExp<decltype(t), 0> parts{ProblemView(p, nullptr)};
+    bytes = place_stats(parts, nullptr, p, want_mean, stats_tiling<d>(p, want_mean, launch.device).splits,
                         want_mean ? kSums<d> : 1);
   });
   return bytes;
@@ -166,28 +170,28 @@ void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Launc
   dispatch(p, [&](auto t, auto d) {
     using T = decltype(t);
     constexpr int D = d;
-    const Plan plan = stats_plan<D>(p, out.mean, launch.device);
-    const Pairs pairs(p, launch.scale_factor);
+    const Tiling tiling = stats_tiling<D>(p, out.mean, launch.device);
+    const ProblemView problem(p, launch.scale_factor);
     const int sums = out.mean ? kSums<D> : 1;
-    auto prepared = [&](auto work) {
-      work.dim = p.query.dim;
-      work.mean = out.mean;
-      place_stats(work, launch.scratch, p, out.mean, plan.splits, sums);
-      return work;
+    auto prepared = [&](auto reduction) {
+      reduction.dim = p.query.dim;
+      reduction.mean = out.mean;
+      place_stats(reduction, launch.scratch, p, out.mean, tiling.splits, sums);
+      return reduction;
     };
     if (!out.mean) {
-      using Work = LogSumExp<T, D <= 128 ? 4 : 0>;
-      using Tiles = One<D>;
-      launch_cluster(plan.walk.cluster, one_product<T, D, Work>, plan.grid(), dim3(kThreads),
-                     Tiles::template Memory<Work>::kBytes, launch.stream, map_of<T>(p.query, 128),
-                     map_of<T>(p.keys, Tiles::kColumns / 2), prepared(Work{pairs}), plan.walk);
+      using Reduction = LogSumExp<T, D <= 128 ? 4 : 0>;
+      using Tiles = OneProduct<D>;
+      launch_cluster(tiling.walk.cluster, one_product<T, D, Reduction>, tiling.grid(), dim3(kThreads),
+                     Tiles::template Memory<Reduction>::kBytes, launch.stream, map_of<T>(p.query, 128),
+                     map_of<T>(p.keys, Tiles::kColumns / 2), prepared(Reduction{problem}), tiling.walk);
     } else {
-      using Work = LogSumExp<T, D <= 64 ? 4 : 0>;
-      launch_pair<T, D>(p.query, p.keys, prepared(Work{pairs}), plan, launch.stream);
+      using Reduction = LogSumExp<T, D <= 64 ? 4 : 0>;
+      launch_two_products<T, D>(p.query, p.keys, prepared(Reduction{problem}), tiling, launch.stream);
     }
     const auto blocks = static_cast<unsigned>((p.query.rows + kFinishWarps - 1) / kFinishWarps);
-    cuda::launch(finish_stats<T>, dim3(blocks), dim3(32 * kFinishWarps), 0, launch.stream, p, pairs,
-                 prepared(LogSumExp<T, 0>{pairs}), out, plan.splits, sums);
+    cuda::launch(finish_stats<T>, dim3(blocks), dim3(32 * kFinishWarps), 0, launch.stream, p, problem,
+                 prepared(LogSumExp<T, 0>{problem}), out, tiling.splits, sums);
   });
 }
 
@@ -197,7 +201,8 @@ size_t softmax_key_grad_scratch(const SoftmaxProblem& p, const SoftmaxGrads&, bo
                                 const Launch& launch) {
   size_t bytes = 0;
   dispatch(p, [&](auto t, auto d) {
-    bytes = KeyGradParts<decltype(t)>(nullptr, p, want_bias, key_grad_plan<d>(p, launch.device).splits, kSums<d>).bytes;
+    bytes =
+        KeyGradParts<decltype(t)>(nullptr, p, want_bias, key_grad_tiling<d>(p, launch.device).splits, kSums<d>).bytes;
   });
   return bytes;
 }
@@ -207,23 +212,28 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
   dispatch(p, [&](auto t, auto d) {
     using T = decltype(t);
     constexpr int D = d;
-    const Plan plan = key_grad_plan<D>(p, launch.device);
-    const KeyGradParts<T> parts(launch.scratch, p, dbias, plan.splits, kSums<D>);
+    const Tiling tiling = key_grad_tiling<D>(p, launch.device);
+    const KeyGradParts<T> parts(launch.scratch, p, dbias, tiling.splits, kSums<D>);
     T* const out = static_cast<T*>(dkeys);
     const int64_t N = p.keys.rows, quads = N * p.keys.dim / 4;
     auto blocks = [](int64_t threads) { return dim3(static_cast<unsigned>((threads + 255) / 256)); };
     if (std::is_same_v<T, fp16>)
-      cuda::launch(coefficient_power, dim3(1), dim3(1024), 32 * sizeof(float), launch.stream,
-                   Pairs(p, launch.scale_factor), grads, parts.power);
-    const KeyCoefficients<T> work{
-        Pairs(p, launch.scale_factor),  grads, p.keys.dim, parts.power, parts.keys ? nullptr : out, parts.keys,
-        parts.bias ? parts.bias : dbias};
-    launch_pair<T, D>(p.keys, p.query, work, plan, launch.stream);
+      cuda::launch(find_coefficient_scale, dim3(1), dim3(1024), 32 * sizeof(float), launch.stream,
+                   ProblemView(p, launch.scale_factor), grads, parts.coefficient_scale);
+    const KeyCoefficients<T> reduction{ProblemView(p, launch.scale_factor),
+                                       grads,
+                                       p.keys.dim,
+                                       parts.coefficient_scale,
+                                       parts.keys ? nullptr : out,
+                                       parts.keys,
+                                       parts.bias ? parts.bias : dbias};
+    launch_two_products<T, D>(p.keys, p.query, reduction, tiling, launch.stream);
     if (parts.keys)
-      cuda::launch(finish_key_grad<T>, blocks(quads), dim3(256), 0, launch.stream, parts.keys, out, quads, plan.splits);
+      cuda::launch(finish_key_grad<T>, blocks(quads), dim3(256), 0, launch.stream, parts.keys, out, quads,
+                   tiling.splits);
     if (parts.bias)
       cuda::launch(finish_bias_grad, blocks(N), dim3(256), 0, launch.stream, parts.bias, dbias, N,
-                   plan.splits * kSums<D>);
+                   tiling.splits * kSums<D>);
   });
 }
 

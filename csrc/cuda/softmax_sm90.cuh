@@ -34,35 +34,36 @@ namespace fastcompat::cuda::sm90 {
 
 // Two products over one streamed tile.
 template <int D>
-struct Two {
+struct TwoProducts {
   static constexpr int kRows = 128,
                        kColumns = D == 64    ? 192
                                   : D == 128 ? 160
                                              : 80,
                        kStages = D == 256 ? 3 : 4, kSlots = 2;
   static constexpr int kPanels = D / kPanel, kTile = kColumns * D;
-  template <class Work>
+  template <class Reduction>
   struct Memory {
     static constexpr size_t kOperands = 2 * (kRows * D + kStages * kTile);
     static constexpr size_t kColumnsAt = kOperands + (sizeof(Barriers<kStages, kSlots>) + 15) / 16 * 16;
-    static constexpr size_t kFlagsAt = kColumnsAt + kSlots * kColumns * sizeof(typename Work::Column);
-    static constexpr size_t kSeenAt = kFlagsAt + (kSlots * 3 * sizeof(int) + 15) / 16 * 16;
-    static constexpr size_t kBytes = kSeenAt + 128 * kConsumers * sizeof(typename Work::Seen);
+    static constexpr size_t kFlagsAt = kColumnsAt + kSlots * kColumns * sizeof(typename Reduction::Column);
+    static constexpr size_t kTotalsAt = kFlagsAt + (kSlots * 3 * sizeof(int) + 15) / 16 * 16;
+    static constexpr size_t kBytes = kTotalsAt + 128 * kConsumers * sizeof(typename Reduction::Totals);
   };
 };
 
 // report: two_products 168 registers; HGMMA.*, UTMALDG.2D*, USETMAXREG*, !HMMA*, !LDL*, !STL*
-template <class T, int D, class Work>
+template <class T, int D, class Reduction>
 __global__ void __launch_bounds__(kThreads, 1)
-    two_products(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Work work, Walk walk) {
-  using Shape = Two<D>;
-  using Memory = typename Shape::template Memory<Work>;
+    two_products(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Reduction reduction,
+                 Walk walk) {
+  using Shape = TwoProducts<D>;
+  using Memory = typename Shape::template Memory<Reduction>;
   constexpr int kColumns = Shape::kColumns, kStages = Shape::kStages, kSlots = Shape::kSlots, kPanels = Shape::kPanels;
   DYN_SMEM(smem);
   T* rows = reinterpret_cast<T*>(smem);
   T* ring = rows + Shape::kRows * D;
   auto& bars = *reinterpret_cast<Barriers<kStages, kSlots>*>(smem + Memory::kOperands);
-  auto* columns = reinterpret_cast<typename Work::Column*>(smem + Memory::kColumnsAt);
+  auto* columns = reinterpret_cast<typename Reduction::Column*>(smem + Memory::kColumnsAt);
   int* flags = reinterpret_cast<int*>(smem + Memory::kFlagsAt);
 
   start(bars, walk);
@@ -80,16 +81,16 @@ __global__ void __launch_bounds__(kThreads, 1)
           stream<kColumns, kStages, kPanels>(bars, ring, columns_map, n, 0, (at.first + n) * kColumns, walk);
       }
       __syncwarp();
-    } else if (work.columns_wanted()) {
-      fill_columns<kColumns, kSlots>(work, columns, flags, bars, at, Shape::kRows);
+    } else if (reduction.columns_wanted()) {
+      fill_columns<kColumns, kSlots>(reduction, columns, flags, bars, at, Shape::kRows);
     }
   } else {
     registers_up<240>();
     const Part at(walk, Shape::kRows);
     const int group = sm90::group();
-    auto state = work.begin(at.row0 + group * 64 + warp() * 16 + lane() / 4);
-    auto& seen = reinterpret_cast<typename Work::Seen*>(smem + Memory::kSeenAt)[threadIdx.x];
-    seen.clear();
+    auto state = reduction.begin(at.row0 + group * 64 + warp() * 16 + lane() / 4);
+    auto& totals = reinterpret_cast<typename Reduction::Totals*>(smem + Memory::kTotalsAt)[threadIdx.x];
+    totals.clear();
     float o[D / 2], s[kColumns / 2];
     uint32_t p[kColumns / 16][4];
 #pragma unroll
@@ -126,16 +127,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     hold(s);
     for (int n = 0;; ++n) {
       const int slot = n % kSlots;
-      if (work.columns_wanted()) mbar_wait(&bars.columns_full[slot], n / kSlots & 1);
-      work.tile(s, state, seen, (at.first + n) * kColumns, columns + slot * kColumns, flags + slot * 3);
-      if (work.columns_wanted()) {
+      if (reduction.columns_wanted()) mbar_wait(&bars.columns_full[slot], n / kSlots & 1);
+      reduction.tile(s, state, totals, (at.first + n) * kColumns, columns + slot * kColumns, flags + slot * 3);
+      if (reduction.columns_wanted()) {
         __syncwarp();
         if (lane() == 0) mbar_arrive(&bars.columns_empty[slot]);
       }
       wgmma_wait<0>();
       hold(o);
       if (n) release(&bars.empty[(n - 1) % kStages], walk.cluster);
-      work.correct(o, state);
+      reduction.correct(o, state);
 #pragma unroll
       for (int k = 0; k < kColumns / 16; ++k)
 #pragma unroll
@@ -155,8 +156,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma_wait<0>();
     hold(o);
     release(&bars.empty[(at.count - 1) % kStages], walk.cluster);
-    work.finish(state, seen, Part(walk, Shape::kRows).split);
-    work.store(o, state, Part(walk, Shape::kRows).split);
+    reduction.finish(state, totals, Part(walk, Shape::kRows).split);
+    reduction.store(o, state, Part(walk, Shape::kRows).split);
   }
   if (opaque(walk.cluster) > 1) cluster_sync();
 }
@@ -165,29 +166,29 @@ __global__ void __launch_bounds__(kThreads, 1)
 // so that both need all exponentials. Of a tile's 128 columns each consumer multiplies and exponentiates 64 and hands
 // them to the other through shared memory. A tile arrives in quarters of 64 columns x 256 elements, each given back as
 // soon as its last reader is through; quarter(owner, half) numbers them in the order of that.
-struct Halves {
+struct TwoProductsInHalves {
   static constexpr int kDim = 512, kRows = 64, kOwn = 64, kColumns = 2 * kOwn, kStages = 4, kSlots = 1;
   static constexpr int kQuarter = kOwn * kDim / 2, kPanels = kDim / kPanel, kShared = kRows * kPanel;
-  template <class Work>
+  template <class Reduction>
   struct Memory {
     static constexpr size_t kSharedAt = 2 * (kRows * kDim + kStages * kQuarter);
     static constexpr size_t kBarriersAt = kSharedAt + 2 * kConsumers * kShared;
     static constexpr size_t kTopsAt = kBarriersAt + (sizeof(Barriers<kStages, kSlots>) + 15) / 16 * 16;
     static constexpr size_t kColumnsAt = kTopsAt + kConsumers * kRows * sizeof(float);
-    static constexpr size_t kFlagsAt = kColumnsAt + kSlots * kColumns * sizeof(typename Work::Column);
-    static constexpr size_t kSeenAt = kFlagsAt + (kSlots * 3 * sizeof(int) + 15) / 16 * 16;
-    static constexpr size_t kBytes = kSeenAt + 128 * kConsumers * sizeof(typename Work::Seen);
+    static constexpr size_t kFlagsAt = kColumnsAt + kSlots * kColumns * sizeof(typename Reduction::Column);
+    static constexpr size_t kTotalsAt = kFlagsAt + (kSlots * 3 * sizeof(int) + 15) / 16 * 16;
+    static constexpr size_t kBytes = kTotalsAt + 128 * kConsumers * sizeof(typename Reduction::Totals);
   };
   __device__ static int quarter(int owner, int half) { return owner == half ? owner : 2 + half; }
 };
 
 // report: two_products_in_halves 168 registers; HGMMA.*, UTMALDG.2D*, USETMAXREG*, !HMMA*, !LDL*, !STL*
-template <class T, class Work>
+template <class T, class Reduction>
 __global__ void __launch_bounds__(kThreads, 1)
-    two_products_in_halves(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Work work,
+    two_products_in_halves(__grid_const__ TensorMap rows_map, __grid_const__ TensorMap columns_map, Reduction reduction,
                            Walk walk) {
-  using Shape = Halves;
-  using Memory = typename Shape::template Memory<Work>;
+  using Shape = TwoProductsInHalves;
+  using Memory = typename Shape::template Memory<Reduction>;
   constexpr int kOwn = Shape::kOwn, kStages = Shape::kStages, kHalfPanels = Shape::kPanels / 2;
   DYN_SMEM(smem);
   T* rows = reinterpret_cast<T*>(smem);
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* shared = reinterpret_cast<T*>(smem + Memory::kSharedAt);
   auto& bars = *reinterpret_cast<Barriers<kStages, Shape::kSlots>*>(smem + Memory::kBarriersAt);
   float* tops = reinterpret_cast<float*>(smem + Memory::kTopsAt);
-  auto* columns = reinterpret_cast<typename Work::Column*>(smem + Memory::kColumnsAt);
+  auto* columns = reinterpret_cast<typename Reduction::Column*>(smem + Memory::kColumnsAt);
   int* flags = reinterpret_cast<int*>(smem + Memory::kFlagsAt);
   start(bars, walk);
 
@@ -215,17 +216,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       __syncwarp();
-    } else if (work.columns_wanted()) {
-      fill_columns<Shape::kColumns, Shape::kSlots>(work, columns, flags, bars, at, Shape::kRows);
+    } else if (reduction.columns_wanted()) {
+      fill_columns<Shape::kColumns, Shape::kSlots>(reduction, columns, flags, bars, at, Shape::kRows);
     }
   } else {
     registers_up<240>();
     const Part at(walk, Shape::kRows);
     const int own = sm90::group(), other = 1 - own;  // consumers, and also the halves of o that they have
     const int g = lane() / 4, row = warp() * 16 + g;
-    auto state = work.begin(at.row0 + row);
-    auto& seen = reinterpret_cast<typename Work::Seen*>(smem + Memory::kSeenAt)[threadIdx.x];
-    seen.clear();
+    auto state = reduction.begin(at.row0 + row);
+    auto& totals = reinterpret_cast<typename Reduction::Totals*>(smem + Memory::kTotalsAt)[threadIdx.x];
+    totals.clear();
     float o[Shape::kDim / 4], s[kOwn / 2];
     uint32_t p[kOwn / 16][4];
 #pragma unroll
@@ -254,22 +255,22 @@ __global__ void __launch_bounds__(kThreads, 1)
       release(&bars.empty[Shape::quarter(own, 0)], walk.cluster);
       release(&bars.empty[Shape::quarter(own, 1)], walk.cluster);
 
-      if (work.columns_wanted()) mbar_wait(&bars.columns_full[0], n & 1);
+      if (reduction.columns_wanted()) mbar_wait(&bars.columns_full[0], n & 1);
       float reached[2];
       const auto* mine_columns = columns + own * kOwn;
       const float scale =
-          work.logits(s, state, seen, (at.first + n) * Shape::kColumns + own * kOwn, mine_columns, reached);
+          reduction.logits(s, state, totals, (at.first + n) * Shape::kColumns + own * kOwn, mine_columns, reached);
       if (lane() % 4 == 0) tops[own * Shape::kRows + row] = reached[0], tops[own * Shape::kRows + row + 8] = reached[1];
       bar_sync(1, 128 * kConsumers);
 #pragma unroll
       for (int h = 0; h < 2; ++h) reached[h] = fmaxf(reached[h], tops[other * Shape::kRows + row + 8 * h]);
-      work.raise(state, reached);
-      work.exponentials(s, state, scale, seen, mine_columns, flags);
-      if (work.columns_wanted()) {
+      reduction.raise(state, reached);
+      reduction.exponentials(s, state, scale, totals, mine_columns, flags);
+      if (reduction.columns_wanted()) {
         __syncwarp();
         if (lane() == 0) mbar_arrive(&bars.columns_empty[0]);
       }
-      work.correct(o, state);
+      reduction.correct(o, state);
 #pragma unroll
       for (int k = 0; k < kOwn / 16; ++k)
 #pragma unroll
@@ -302,8 +303,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       release(&bars.empty[2 + own], walk.cluster);
     }
     const int split = Part(walk, Shape::kRows).split;
-    work.finish(state, seen, split * kConsumers + own);
-    work.store(o, state, split, own * (Shape::kDim / 2));
+    reduction.finish(state, totals, split * kConsumers + own);
+    reduction.store(o, state, split, own * (Shape::kDim / 2));
   }
   if (opaque(walk.cluster) > 1) cluster_sync();
 }

@@ -73,19 +73,11 @@ __device__ __forceinline__ void load_piece(uint16_t* to, const Planes& from, int
   }
 }
 
-// The same number, but what follows from it is computed here and now: not held in registers through the loops around.
-__device__ __forceinline__ int afresh(int x) {
-#if !CUDA_ON_CPU
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 // t[32, 32] += A[32, 64] B^T, B rows of the product's columns; TRANS: B rows are the 64 that are summed over.
 template <class F, bool TRANS>
 __device__ __forceinline__ void multiply(float (&t)[2][4][4], uint16_t* a, int row, uint16_t* b, int column) {
   using T = typename F::Element;
-  const int lane = afresh(threadIdx.x % 32);  // addresses held over the loops around would spill
+  const int lane = opaque(threadIdx.x % 32);  // addresses held over the loops around would spill
 #pragma unroll
   for (int k = 0; k < kPiece / 16; ++k) {
     uint32_t fa[2][4];
@@ -112,7 +104,7 @@ __device__ __forceinline__ void multiply(float (&t)[2][4][4], uint16_t* a, int r
 // s rounded to T goes to shared memory; s keeps what rounding left of it.
 template <class F, int TM>
 __device__ __forceinline__ void store_weights(uint16_t* weights, float (&s)[2][4][4], int row, int column) {
-  const int lane = afresh(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  const int lane = opaque(threadIdx.x % 32), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -163,17 +155,17 @@ struct Place {
   __device__ __forceinline__ int column(int n) const { return warp_column + n / 2 * 8 + t * 2 + n % 2; }
 };
 
-// Pairs says what happens to scores:
+// Reduction says what happens to scores:
 //   bool wanted(tile)                 whether any pair of the tile counts
 //   void load(info, row0)             cp.async of what it needs to know of the streamed rows
 //   void apply(s, factor, info, tile) S -> weights in place; what O has to be multiplied with first
-template <class F, int TM, class Pairs>
+template <class F, int TM, class Reduction>
 class TileWalk {
  public:
   static constexpr int TN = kScores / TM, HALVES = TN / kPiece, GROUPS = F::groups;
 
-  __device__ __forceinline__ TileWalk(const Walk& w, unsigned char* smem, Pairs& pairs)
-      : w(w), smem(smem), pairs(pairs) {
+  __device__ __forceinline__ TileWalk(const Walk& w, unsigned char* smem, Reduction& reduction)
+      : w(w), smem(smem), reduction(reduction) {
     const int64_t all = (w.y.rows + TN - 1) / TN;
     tiles = static_cast<int>(max(int64_t{0}, min(static_cast<int64_t>(w.split_tiles), all - first())));
   }
@@ -198,7 +190,7 @@ class TileWalk {
           score(s, at, 0, piece);
         }
       }
-      pairs.apply(s, factor, smem + w.info_at + info * w.info_bytes, first() + tile);
+      reduction.apply(s, factor, smem + w.info_at + info * w.info_bytes, first() + tile);
       info = info + 1 == kInfos ? 0 : info + 1;
       if constexpr (G == GROUPS) {
         for (int term = 0; term < terms() && groups(); ++term) {
@@ -234,7 +226,7 @@ class TileWalk {
 
  private:
   __device__ __forceinline__ int wanted_from(int tile) const {
-    while (tile < tiles && !pairs.wanted(tile)) ++tile;
+    while (tile < tiles && !reduction.wanted(tile)) ++tile;
     return tile;
   }
   __device__ __forceinline__ int terms() const { return F::split ? w.terms : 1; }
@@ -289,7 +281,7 @@ class TileWalk {
       if (c.phase == 0) {
         const int column = c.part * kPiece;
         if (c.part == 0 && c.product == first_product(terms())) {
-          pairs.load(smem + w.info_at + c.info * w.info_bytes, y0);
+          reduction.load(smem + w.info_at + c.info * w.info_bytes, y0);
           c.info = c.info + 1 == kInfos ? 0 : c.info + 1;
         }
         if (!w.resident) {
@@ -336,7 +328,7 @@ class TileWalk {
 
   const Walk& w;
   unsigned char* smem;
-  Pairs& pairs;
+  Reduction& reduction;
 };
 
 }  // namespace fastcompat::cuda::sm80

@@ -1,6 +1,6 @@
 // The walk of a Hopper block over streamed columns: roles, barriers, the producer's part, descriptors.
 #pragma once
-#include "pairs_sm90.cuh"
+#include "logits_sm90.cuh"
 
 namespace fastcompat::cuda::sm90 {
 
@@ -31,15 +31,6 @@ struct Barriers {
     fence_mbar_init();
   }
 };
-
-// Keeps what is computed from v from being computed ahead of a loop, a register each.
-template <class V>
-__device__ __forceinline__ V opaque(V v) {
-#if !CUDA_ON_CPU
-  asm volatile("" : "+r"(v));
-#endif
-  return v;
-}
 
 // A descriptor is a constant and, in its lowest bits, an address / 16, to which offsets / 16 are added.
 template <int PANEL>
@@ -99,9 +90,9 @@ __device__ __forceinline__ void stream(Bars& bars, T* ring, const TensorMap& map
 }
 
 // Warps 1 to 3 of the producer: what each column brings besides its vector.
-template <int COLUMNS, int SLOTS, class Work, class Bars>
-__device__ void fill_columns(const Work& work, typename Work::Column* columns, int* flags, Bars& bars, const Part& at,
-                             int rows) {
+template <int COLUMNS, int SLOTS, class Reduction, class Bars>
+__device__ void fill_columns(const Reduction& reduction, typename Reduction::Column* columns, int* flags, Bars& bars,
+                             const Part& at, int rows) {
   const int filler = threadIdx.x % 128 - 32;
 #pragma unroll 1
   for (int n = 0; n < at.count; ++n) {
@@ -110,7 +101,7 @@ __device__ void fill_columns(const Work& work, typename Work::Column* columns, i
     bool slow = false;
 #pragma unroll 1
     for (int c = filler; c < COLUMNS; c += kFillers)
-      slow |= work.fill(columns[slot * COLUMNS + c], (at.first + n) * COLUMNS + c, at.row0, rows);
+      slow |= reduction.fill(columns[slot * COLUMNS + c], (at.first + n) * COLUMNS + c, at.row0, rows);
     slow = __any_sync(kAllLanes, slow);
     if (lane() == 0) flags[slot * 3 + filler / 32] = slow;
     mbar_arrive(&bars.columns_full[slot]);

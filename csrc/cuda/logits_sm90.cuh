@@ -9,11 +9,10 @@
 
 namespace fastcompat::cuda::sm90 {
 
-constexpr unsigned kAllLanes = ~0u;
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kLowest = -1.7e38f, kHighest = 3.4e38f;  // finite, for -inf and +inf as a reference: no inf - inf
 
-__device__ __forceinline__ float exp2_unit(float x) {
+__device__ __forceinline__ float exp2_approx(float x) {
 #if CUDA_ON_CPU
   return exp2f(x);
 #else
@@ -69,13 +68,13 @@ __device__ __forceinline__ float quad_sum(float v) {
 }
 
 // SoftmaxProblem as a kernel sees it.
-struct Pairs {
+struct ProblemView {
   int64_t queries, keys;
   float scale;
   const float *scale_factor, *bias;
   const int64_t *query_labels, *key_labels, *positive, *exclude;
 
-  Pairs(const SoftmaxProblem& p, const float* factor)
+  ProblemView(const SoftmaxProblem& p, const float* factor)
       : queries(p.query.rows),
         keys(p.keys.rows),
         scale(p.scale),
@@ -111,7 +110,7 @@ struct Pairs {
 };
 
 // What a thread has seen of the positives (given by label) of its two rows; log2 units.
-struct Positives {
+struct PositiveState {
   float ref[2], sum[2], total[2];
   int count[2];
 
@@ -122,7 +121,7 @@ struct Positives {
   __device__ void add(const float (&top)[2], const float (&sums)[2], const float (&totals)[2], const int (&found)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      sum[h] = sum[h] * exp2_unit(ref[h] - top[h]) + sums[h];
+      sum[h] = sum[h] * exp2_approx(ref[h] - top[h]) + sums[h];
       ref[h] = top[h];
       total[h] += totals[h];
       count[h] += found[h];
@@ -139,7 +138,7 @@ struct LogSumExp {
   static constexpr bool kHalf = std::is_same_v<T, fp16>;
   static constexpr float kHead = kHalf ? 10.0f : 0.0f, kSlack = kHalf ? 5.0f : 8.0f;
 
-  Pairs pairs;
+  ProblemView problem;
   int64_t dim = 0;
   float *ref = nullptr, *sum = nullptr;           // [parts, B]
   float *mean = nullptr, *other_means = nullptr;  // [B, D] of split 0, [splits - 1, B, D] of the others, times sum
@@ -150,8 +149,8 @@ struct LogSumExp {
     uint32_t label[2];
     float bias;
   };
-  using Seen = Positives;
-  struct Rows {
+  using Totals = PositiveState;
+  struct RowState {
     float ref[2], sum[2], rescale[2];
     int positive[2], exclude[2];
     float scale;
@@ -159,38 +158,38 @@ struct LogSumExp {
     bool rescaled;
   };
 
-  __device__ bool columns_wanted() const { return pairs.query_labels || pairs.bias; }
+  __device__ bool columns_wanted() const { return problem.query_labels || problem.bias; }
   // Returns whether the column needs the slow path in this block's rows.
   __device__ bool fill(Column& column, int key, int /*row0*/, int /*rows*/) const {
-    const bool in = key < pairs.keys;
-    const int64_t label = in ? pairs.key_label(key) : -1;
+    const bool in = key < problem.keys;
+    const int64_t label = in ? problem.key_label(key) : -1;
     column.label[0] = static_cast<uint32_t>(label);
     column.label[1] = static_cast<uint32_t>(label >> 32);
-    column.bias = in && pairs.bias ? pairs.bias[key] * kLog2E : 0.0f;
+    column.bias = in && problem.bias ? problem.bias[key] * kLog2E : 0.0f;
     return false;
   }
 
   // row: the thread's first.
-  __device__ Rows begin(int row) const {
-    Rows r;
+  __device__ RowState begin(int row) const {
+    RowState r;
     r.row = row;
-    r.scale = pairs.full_scale() * kLog2E;
+    r.scale = problem.full_scale() * kLog2E;
     r.rescaled = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       r.ref[h] = kLowest;
       r.sum[h] = 0.0f;
       r.rescale[h] = 1.0f;
-      r.positive[h] = pairs.index(pairs.positive, row + 8 * h);
-      r.exclude[h] = pairs.index(pairs.exclude, row + 8 * h);
+      r.positive[h] = problem.index(problem.positive, row + 8 * h);
+      r.exclude[h] = problem.index(problem.exclude, row + 8 * h);
     }
     return r;
   }
 
   // s: products in, exponentials relative to ref out; 0 for pairs that are no negatives.
   template <int R>
-  __device__ __forceinline__ void tile(float (&s)[R], Rows& r, Positives& positives, int first, const Column* columns,
-                                       const int*) const {
+  __device__ __forceinline__ void tile(float (&s)[R], RowState& r, PositiveState& positives, int first,
+                                       const Column* columns, const int*) const {
     float reached[2];
     const float scale = logits(s, r, positives, first, columns, reached);
     raise(r, reached);
@@ -199,14 +198,14 @@ struct LogSumExp {
 
   // The three steps of a tile. logits times the scale that it returns, and where each row's largest wants ref to be.
   template <int R>
-  __device__ __forceinline__ float logits(float (&s)[R], const Rows& r, Positives& positives, int first,
+  __device__ __forceinline__ float logits(float (&s)[R], const RowState& r, PositiveState& positives, int first,
                                           const Column* columns, float (&reached)[2]) const {
-    bool slow = first + 2 * R > pairs.keys || pairs.bias || r.scale < 0.0f;
-    if (pairs.query_labels) {  // the lower halves tell most tiles without a match
+    bool slow = first + 2 * R > problem.keys || problem.bias || r.scale < 0.0f;
+    if (problem.query_labels) {  // the lower halves tell most tiles without a match
       uint32_t label[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        label[h] = static_cast<uint32_t>(r.row + 8 * h < pairs.queries ? pairs.query_labels[r.row + 8 * h] : 0);
+        label[h] = static_cast<uint32_t>(r.row + 8 * h < problem.queries ? problem.query_labels[r.row + 8 * h] : 0);
 #pragma unroll
       for (int i = 0; i < R; ++i)
         slow |= columns[i / 4 * 8 + (i & 1) + threadIdx.x % 4 * 2].label[0] == label[i / 2 & 1];
@@ -225,26 +224,26 @@ struct LogSumExp {
     for (int h = 0; h < 2; ++h) reached[h] = quad_max(fmaxf(top[0][h], top[1][h])) * scale - kHead;
     return scale;
   }
-  __device__ __forceinline__ void raise(Rows& r, const float (&reached)[2]) const {
+  __device__ __forceinline__ void raise(RowState& r, const float (&reached)[2]) const {
     r.rescaled = __any_sync(kAllLanes, reached[0] > r.ref[0] + kSlack || reached[1] > r.ref[1] + kSlack);
     if (!r.rescaled) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float ref = fminf(fmaxf(r.ref[h], reached[h]), kHighest);
-      r.rescale[h] = exp2_unit(r.ref[h] - ref);
+      r.rescale[h] = exp2_approx(r.ref[h] - ref);
       r.sum[h] *= r.rescale[h];
       r.ref[h] = ref;
     }
   }
   template <int R>
-  __device__ __forceinline__ void exponentials(float (&s)[R], Rows& r, float scale, Positives&, const Column*,
+  __device__ __forceinline__ void exponentials(float (&s)[R], RowState& r, float scale, PositiveState&, const Column*,
                                                const int*) const {
     float sum[2][2] = {};
 #pragma unroll
     for (int i = 0; i < R; ++i) {
       const float x = fmaf(s[i], scale, -r.ref[i / 2 & 1]);
       constexpr int kEvery = POLYNOMIAL_OF ? POLYNOMIAL_OF : 1;
-      s[i] = POLYNOMIAL_OF && i / 4 % kEvery == 0 ? exp2_polynomial(x) : exp2_unit(x);
+      s[i] = POLYNOMIAL_OF && i / 4 % kEvery == 0 ? exp2_polynomial(x) : exp2_approx(x);
       sum[i / 4 & 1][i / 2 & 1] += s[i];
     }
 #pragma unroll
@@ -252,7 +251,7 @@ struct LogSumExp {
   }
 
   template <int R>
-  __device__ __forceinline__ void correct(float (&o)[R], const Rows& r) const {
+  __device__ __forceinline__ void correct(float (&o)[R], const RowState& r) const {
     if (!r.rescaled) return;
 #pragma unroll
     for (int i = 0; i < R; ++i) o[i] *= r.rescale[i / 2 & 1];
@@ -260,11 +259,11 @@ struct LogSumExp {
 
   // s: products in; logits in units of log 2 out, -inf for pairs that are no negatives.
   template <int R>
-  __device__ __forceinline__ void select(float (&s)[R], const Rows& r, Positives& positives, int first,
+  __device__ __forceinline__ void select(float (&s)[R], const RowState& r, PositiveState& positives, int first,
                                          const Column* columns) const {
     const int t2 = threadIdx.x % 4 * 2;
-    const int count = static_cast<int>(pairs.keys - first < 2 * R ? pairs.keys - first : 2 * R) - t2;
-    const bool by_label = pairs.query_labels;
+    const int count = static_cast<int>(problem.keys - first < 2 * R ? problem.keys - first : 2 * R) - t2;
+    const bool by_label = problem.query_labels;
     int positive[2], exclude[2];
     uint32_t label[2][2] = {};
     bool labelled[2] = {};
@@ -272,8 +271,8 @@ struct LogSumExp {
     for (int h = 0; h < 2; ++h) {
       positive[h] = r.positive[h] - first - t2;
       exclude[h] = r.exclude[h] - first - t2;
-      if (!by_label || r.row + 8 * h >= pairs.queries) continue;
-      const int64_t own = pairs.query_labels[r.row + 8 * h];
+      if (!by_label || r.row + 8 * h >= problem.queries) continue;
+      const int64_t own = problem.query_labels[r.row + 8 * h];
       labelled[h] = own >= 0;
       label[h][0] = static_cast<uint32_t>(own);
       label[h][1] = static_cast<uint32_t>(own >> 32);
@@ -302,7 +301,7 @@ struct LogSumExp {
         for (int i = 0; i < R; ++i) {
           const int h = i / 2 & 1, column = i / 4 * 8 + (i & 1);
           const bool hit = same(h, columns[column + t2]) && column != exclude[h];
-          sum[h] += hit ? exp2_unit(s[i] - top[h]) : 0.0f;
+          sum[h] += hit ? exp2_approx(s[i] - top[h]) : 0.0f;
           total[h] += hit ? s[i] : 0.0f;
           found[h] += hit;
         }
@@ -324,23 +323,23 @@ struct LogSumExp {
   }
 
   // A row's results of one part of the columns.
-  __device__ void finish(const Rows& r, const Positives& positives, int part) const {
+  __device__ void finish(const RowState& r, const PositiveState& positives, int part) const {
     const bool writes = threadIdx.x % 4 == 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = r.row + 8 * h, at = part * pairs.queries + row;
+      const int64_t row = r.row + 8 * h, at = part * problem.queries + row;
       const float sum = quad_sum(r.sum[h]);
-      if (writes && row < pairs.queries) {
+      if (writes && row < problem.queries) {
         ref[at] = r.ref[h];
         this->sum[at] = sum;
       }
       if (!pos_count) continue;
       const float top = quad_max(positives.ref[h]), total = quad_sum(positives.total[h]);
-      const float pos = quad_sum(positives.sum[h] * exp2_unit(positives.ref[h] - top));
+      const float pos = quad_sum(positives.sum[h] * exp2_approx(positives.ref[h] - top));
       int count = positives.count[h];
       count += __shfl_xor_sync(kAllLanes, count, 1);
       count += __shfl_xor_sync(kAllLanes, count, 2);
-      if (!writes || row >= pairs.queries) continue;
+      if (!writes || row >= problem.queries) continue;
       pos_ref[at] = top;
       pos_sum[at] = pos;
       pos_total[at] = total;
@@ -348,11 +347,11 @@ struct LogSumExp {
     }
   }
   template <int R>
-  __device__ __forceinline__ void store(const float (&o)[R], const Rows& r, int split, int column0 = 0) const {
-    float* out = split ? other_means + (split - 1) * pairs.queries * dim : mean;
+  __device__ __forceinline__ void store(const float (&o)[R], const RowState& r, int split, int column0 = 0) const {
+    float* out = split ? other_means + (split - 1) * problem.queries * dim : mean;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (r.row + 8 * h >= pairs.queries) continue;
+      if (r.row + 8 * h >= problem.queries) continue;
       float* at = out + static_cast<int64_t>(r.row + 8 * h) * dim + column0 + threadIdx.x % 4 * 2;
 #pragma unroll
       for (int j = 0; j < R / 4; ++j)
