@@ -4,8 +4,9 @@
 // A warpgroup holds 64 rows: thread (warp, g, t) = (warp, lane / 4, lane % 4) has rows 16 * warp + g + 8h for h = 0, 1
 // and of every 8 columns numbers 2t and 2t + 1: s[4j + 2h + e] is (row h, column 8j + 2t + e).
 #pragma once
-#include "../fastcompat.h"
+#include "numbers.cuh"
 #include "ops90.h"
+#include "softmax_rows.h"
 
 namespace fastcompat::cuda::sm90 {
 
@@ -45,11 +46,13 @@ __device__ __forceinline__ float at_most_0(float x) {
 // 2^x by multiply-adds alone, relative error 3e-7; 0 for -inf, infinity from 128 on. The unit for exponentials gives 16
 // results a cycle, which is all that the matrix unit leaves time for when D is small: some are computed here instead.
 __device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kMagic = 12582912.0f + 127.0f;  // x + kMagic has round(x) + 127 in its lowest bits
+  // 1.5 * 2^23: a float of that size has a unit of 1, so x + kMagic has round(x) + 127 in its lowest bits, the exponent
+  // of 2^round(x), which << 23 moves into place. The clamp keeps that between 0 (the number 0) and 255 (infinity).
+  constexpr float kMagic = 12582912.0f + 127.0f;
   x = clamp(x, -127.0f, 128.0f);
   const float shifted = x + kMagic;
   const float f = x - (shifted - kMagic);  // in [-1/2, 1/2]
-  float y = 1.3333558e-3f;
+  float y = 1.3333558e-3f;                 // (ln 2)^n / n!, n from 5 to 0
   y = fmaf(y, f, 9.6181291e-3f);
   y = fmaf(y, f, 5.5504109e-2f);
   y = fmaf(y, f, 2.4022651e-1f);
@@ -84,7 +87,7 @@ struct ProblemView {
         key_labels(p.key_labels),
         positive(p.positive),
         exclude(p.exclude) {}
-  __device__ float full_scale() const { return scale_factor ? scale * *scale_factor : scale; }
+  __device__ float full_scale() const { return scale_of(scale, scale_factor); }
   // list[query], or -1 where that is no key's number.
   __device__ int index(const int64_t* list, int64_t query) const {
     if (!list || query >= queries) return -1;
@@ -102,11 +105,6 @@ struct ProblemView {
   __device__ int64_t key_label(int64_t key) const {
     return key_labels && !(bias && bias[key] == -CUDART_INF_F) ? key_labels[key] : -1;
   }
-  __device__ bool bad_index(const int64_t* list, int64_t query) const {
-    return list && (list[query] < -1 || list[query] >= keys);
-  }
-  // Whether a query names a key that does not exist.
-  __device__ bool bad(int64_t query) const { return bad_index(positive, query) || bad_index(exclude, query); }
 };
 
 // What a thread has seen of the positives (given by label) of its two rows; log2 units.
@@ -132,7 +130,8 @@ struct PositiveState {
 // Rows are queries, columns keys. A row's log-sum-exp over its negatives is kept as ref and sum, log2(sum) + ref, with
 // the quad's four threads adding up their own columns; ref follows the maximum lazily, when a logit exceeds it by a
 // factor 2^kSlack, so that o, which carries the same factor, is rarely rescaled. fp16 exponentials are multiplied by
-// 2^kHead to use its range.
+// 2^kHead to use its range: 2^(kHead + kSlack) = 2^15 is below its largest number, 65,504, and what is 2^-24 of the
+// row's largest is still a normal number. bf16 has float's range, and 2^8 times a sum of 2^31 exponentials fits easily.
 template <class T, int POLYNOMIAL_OF>  // every how many-th column's exponential is a polynomial; 0: none
 struct LogSumExp {
   static constexpr bool kHalf = std::is_same_v<T, fp16>;
@@ -140,10 +139,9 @@ struct LogSumExp {
 
   ProblemView problem;
   int64_t dim = 0;
-  float *ref = nullptr, *sum = nullptr;           // [parts, B]
+  bool by_label = false;                          // how positives are given
+  RowPart* parts = nullptr;                       // [parts, B], in units of log 2
   float *mean = nullptr, *other_means = nullptr;  // [B, D] of split 0, [splits - 1, B, D] of the others, times sum
-  float *pos_ref = nullptr, *pos_sum = nullptr, *pos_total = nullptr;  // [parts, B] when positives are given by label
-  int* pos_count = nullptr;                                            // [parts, B], null otherwise
 
   struct Column {
     uint32_t label[2];
@@ -263,7 +261,6 @@ struct LogSumExp {
                                          const Column* columns) const {
     const int t2 = threadIdx.x % 4 * 2;
     const int count = static_cast<int>(problem.keys - first < 2 * R ? problem.keys - first : 2 * R) - t2;
-    const bool by_label = problem.query_labels;
     int positive[2], exclude[2];
     uint32_t label[2][2] = {};
     bool labelled[2] = {};
@@ -271,7 +268,7 @@ struct LogSumExp {
     for (int h = 0; h < 2; ++h) {
       positive[h] = r.positive[h] - first - t2;
       exclude[h] = r.exclude[h] - first - t2;
-      if (!by_label || r.row + 8 * h >= problem.queries) continue;
+      if (!problem.query_labels || r.row + 8 * h >= problem.queries) continue;
       const int64_t own = problem.query_labels[r.row + 8 * h];
       labelled[h] = own >= 0;
       label[h][0] = static_cast<uint32_t>(own);
@@ -294,7 +291,7 @@ struct LogSumExp {
         some |= hit;
       }
       __syncwarp();
-      if (pos_count && some) {
+      if (by_label && some) {
         float sum[2] = {}, total[2] = {};
         int found[2] = {};
 #pragma unroll
@@ -324,26 +321,20 @@ struct LogSumExp {
 
   // A row's results of one part of the columns.
   __device__ void finish(const RowState& r, const PositiveState& positives, int part) const {
-    const bool writes = threadIdx.x % 4 == 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = r.row + 8 * h, at = part * problem.queries + row;
-      const float sum = quad_sum(r.sum[h]);
-      if (writes && row < problem.queries) {
-        ref[at] = r.ref[h];
-        this->sum[at] = sum;
+      const int64_t row = opaque(r.row + 8 * h);  // else its place in `parts` is computed before the walk, and spills
+      const bool writes = threadIdx.x % 4 == 0 && row < problem.queries;
+      RowPart of_row = {r.ref[h], quad_sum(r.sum[h]), kLowest, 0.0f, 0.0f, 0};
+      if (by_label) {
+        of_row.pos_top = quad_max(positives.ref[h]);
+        of_row.pos_sum = quad_sum(positives.total[h]);
+        of_row.pos_sum_exp = quad_sum(positives.sum[h] * exp2_approx(positives.ref[h] - of_row.pos_top));
+        of_row.pos_count = positives.count[h];
+        of_row.pos_count += __shfl_xor_sync(kAllLanes, of_row.pos_count, 1);
+        of_row.pos_count += __shfl_xor_sync(kAllLanes, of_row.pos_count, 2);
       }
-      if (!pos_count) continue;
-      const float top = quad_max(positives.ref[h]), total = quad_sum(positives.total[h]);
-      const float pos = quad_sum(positives.sum[h] * exp2_approx(positives.ref[h] - top));
-      int count = positives.count[h];
-      count += __shfl_xor_sync(kAllLanes, count, 1);
-      count += __shfl_xor_sync(kAllLanes, count, 2);
-      if (!writes || row >= problem.queries) continue;
-      pos_ref[at] = top;
-      pos_sum[at] = pos;
-      pos_total[at] = total;
-      pos_count[at] = count;
+      if (writes) parts[part * problem.queries + row] = of_row;
     }
   }
   template <int R>

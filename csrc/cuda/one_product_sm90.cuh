@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const uint32_t rows_at = smem_addr(rows + fragment0 * 64 * kPanel) / 16, ring_at = smem_addr(ring) / 16;
     mbar_wait(&bars.rows, 0);
+    // Consumer 1 waits once, until consumer 0 has issued kAhead chunks: from then on they stay apart by themselves.
     if (group) mbar_wait(&bars.turn[1], 0);
     for (int n = 0; n < at.count; ++n) {
 #pragma unroll
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             wgmma_ss<T>(s[f], descriptor<16>(a + ((p * Shape::kRows + f * 64) * 128 + k * 32) / 16),
                         descriptor<16>(b + k * 32 / 16), p + k > 0);
         wgmma_commit();
-        if (p) {
+        if (p) {  // the chunk before has been read; the last of a tile is released below
           wgmma_wait<1>();
           release(&bars.empty[(chunk - 1) % kStages], walk.cluster);
         }

@@ -67,10 +67,6 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
-__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma_m16n8k16<bf16>(d, a, b);
-}
-
 // 16 bytes from global to shared memory; the part past `bytes` becomes zero, and bytes = 0 never touches src.
 __device__ __forceinline__ void cp_async16(void* dst, const void* src, int bytes CALLER) {
 #if CUDA_ON_CPU
@@ -120,6 +116,5 @@ __device__ __forceinline__ uint32_t pack(float lo, float hi) {
   }
   return u;
 }
-__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) { return pack<bf16>(lo, hi); }
 
 }  // namespace fastcompat::cuda

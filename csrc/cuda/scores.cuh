@@ -137,6 +137,7 @@ __device__ __forceinline__ float score_of(const Space& s, int64_t query, const R
 __device__ __forceinline__ float squared_norm(const Matrix& m, int64_t row, double& wide) {
   const float square = sum_of(m, row, m, row, [](float x, float y, float sum) { return __fmaf_rn(x, y, sum); });
   wide = square;
+  // Within, no product has overflowed or lost bits to underflow that the sum would notice; NaN is not within.
   if (!(square > 1e-30f && square < 1e37f)) {
     wide = 0;
     for (int64_t d = threadIdx.x % 32 * 8; d < m.dim; d += 256) {
@@ -157,9 +158,11 @@ __device__ __forceinline__ bool is_finite(double wide) { return wide <= 1.7e308;
 // that neither the sum nor what undoes this passes the range of floats where the score does not. 1 for other rows.
 __device__ __forceinline__ float lift_for(Metric metric, double wide) {
   if (!(wide > 0 && is_finite(wide)) || (wide > 1e-24 && wide < 1e24)) return 1;
-  const int norm = ilogb(wide) >> 1;
+  const int norm = ilogb(wide) >> 1;  // of the norm, rounded down
+  // ip: a row of norm 2^n is lifted to about 2^(n / 2), between 2^-38 and 2^38. cosine: to about 1; the factor itself
+  // stays a normal number.
   const int up = metric == Metric::ip ? min(max(norm / 2, -38), 38) - norm : min(max(-norm, -120), 120);
-  return __uint_as_float(static_cast<uint32_t>(up + 127) << 23);
+  return __uint_as_float(static_cast<uint32_t>(up + 127) << 23);  // 2^up: its exponent field alone
 }
 
 // Sets all but the residual; norm: infinity, or 0 to be added to.
@@ -185,7 +188,9 @@ __device__ __forceinline__ void set_factors(Metric metric, bool key, float squar
 
 // ---- order
 
-// Floats in their order as integers; -inf is the smallest that value_of gives back.
+// Floats in their order as unsigned integers: a positive float's bits grow with it, so its sign bit is set to put it
+// above the negative ones, whose bits fall as they grow and are inverted. -inf is the smallest that value_of gives
+// back.
 __device__ __forceinline__ uint32_t order_of(float x) {
   const uint32_t u = __float_as_uint(x);
   return u >> 31 ? ~u : u | 0x80000000u;
@@ -215,7 +220,7 @@ __device__ __forceinline__ float accumulation_error(int64_t dim) { return (stati
 __device__ __forceinline__ float square_error(int64_t dim) { return (static_cast<float>(dim) / 8 + 64) * 0x1p-23f; }
 
 // Bound of |screened - exact| of `inner`, by Cauchy-Schwarz on what rounding left out, plus both accumulations' error,
-// products that underflow, and the rounding of inner itself.
+// products that underflow (2^-120 each), and the rounding of inner itself (2^-19 of its parts).
 __device__ __forceinline__ float inner_error(const RowFactors& q, const KeyBounds& k, int64_t dim) {
   const float product = q.norm * k.norm;
   return q.norm * k.residual + q.residual * k.norm + accumulation_error(dim) * product +

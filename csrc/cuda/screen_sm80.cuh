@@ -201,6 +201,8 @@ __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int v = 0; v < 4; ++v) acc[i][j][v] = 0;
     for (int step = 0; step < steps; ++step) {
+      // A group of copies is committed each step, so all but the newest STAGES - 2 are this stage and those before. The
+      // barrier: every thread's part of it has arrived, and all have read the stage before, which fetch() overwrites.
       cp_async_wait<STAGES - 2>();
       __syncthreads();
       stream.fetch();

@@ -1,17 +1,11 @@
 // c_ij = d loss / d z_ij with both log-sum-exps known, z recomputed. Keys stay and queries stream: sum_i c_ij q_i and
-// sum_i c_ij. Queries stay and keys stream: the positives' probability of sum_j c_ij k_j; tiles without a positive are
+// sum_i c_ij. Queries stay and keys stream: the positives' share of sum_j c_ij k_j; tiles without a positive are
 // skipped. Fused: scale, bias, labels, left-out keys, exponentials, rounding to 16 bits. The streamed rows are read
 // twice a tile. Floor: 4 B N D operations at the rate of mma.sync. 256 threads, at most 255 registers.
 #pragma once
 #include "softmax_parts_sm80.cuh"
 
 namespace fastcompat::cuda::sm80 {
-
-// What a query brings to its coefficients, made harmless where its set is empty: lse +inf, gradient 0.
-struct alignas(16) QueryInfo {
-  float neg_lse, g_neg, pos_lse, g_pos, g_sum, unused;
-  int64_t label, positive, exclude;
-};
 
 struct GradientArgs {
   Walk walk;

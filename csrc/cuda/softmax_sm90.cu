@@ -1,15 +1,16 @@
 // Host side of the Hopper tier: which problems it takes, where the work is cut, what is launched.
-#include "finish_sm90.cuh"
 #include "one_product_sm90.cuh"
+#include "scratch.h"
+#include "softmax_rows.h"
 #include "softmax_sm90.cuh"
-#include "softmax_sm90.h"
+#include "splits.h"
+#include "tiers.h"
 
 namespace fastcompat::cuda::sm90 {
 namespace {
 
 constexpr int kLargest = 512;
 constexpr int64_t kMostRows = (int64_t(1) << 31) - 1024;  // coordinates are 32 bits wide
-constexpr int64_t kTileBytes = 8 << 20;                   // what memory moves while a tile is computed
 
 bool suits(const Matrix& m) {
   return m.rows > 0 && m.rows < kMostRows && m.dim % 8 == 0 && m.stride % 8 == 0 && m.stride >= m.dim &&
@@ -20,48 +21,21 @@ bool suits(const SoftmaxProblem& p) {
   return p.query.dtype != DType::f32 && p.query.dim <= kLargest && suits(p.query) && suits(p.keys);
 }
 
-// Splits cost waves of blocks (in tiles, with 3 for a block's start and end) and traffic of their [rows, dim] results.
-// They depend on shapes and the device alone.
+// How rows stay and columns stream: clusters, tiles, splits.
 struct Tiling {
   Walk walk;
   int splits;
 
-  Tiling(int64_t rows, int64_t columns, int rows_a_block, int columns_a_tile, int64_t result_bytes, int device) {
-    int units = 0;
-    check(cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
-    const int64_t blocks = (rows + rows_a_block - 1) / rows_a_block;
-    walk.cluster = blocks > 1 ? 2 : 1;
-    walk.blocks = static_cast<int>((blocks + walk.cluster - 1) / walk.cluster * walk.cluster);
-    walk.tiles = static_cast<int>((columns + columns_a_tile - 1) / columns_a_tile);
-    int64_t best = INT64_MAX;
-    for (int64_t s = 1; s <= walk.tiles && (s == 1 || walk.blocks * s <= 4 * units); ++s) {
-      const int64_t tiles = (walk.tiles + s - 1) / s;
-      const int64_t cuts = (walk.tiles + tiles - 1) / tiles, waves = (walk.blocks * cuts + units - 1) / units;
-      const int64_t cost = waves * (tiles + 3) + (cuts > 1 ? 2 * cuts * result_bytes / kTileBytes : 0);
-      if (cost >= best) continue;
-      best = cost;
-      walk.tiles_per_split = static_cast<int>(tiles);
-      splits = static_cast<int>(cuts);
-    }
+  Tiling(int64_t rows, int64_t columns, int rows_a_block, int columns_a_tile, int64_t result_bytes, int device)
+      : walk(make_walk(rows, columns, rows_a_block, columns_a_tile)) {
+    SplitCosts costs;
+    costs.overhead = 3;  // a wgmma pipeline fills and empties
+    costs.result_bytes = result_bytes;
+    const Splits cuts = choose_splits(walk.blocks, walk.tiles, device, costs);
+    splits = static_cast<int>(cuts.count);
+    walk.tiles_per_split = static_cast<int>(cuts.tiles);
   }
   dim3 grid() const { return dim3(static_cast<unsigned>(walk.blocks) * splits); }
-};
-
-// Consecutive arrays in scratch memory.
-class Scratch {
- public:
-  explicit Scratch(void* start) : start_(static_cast<char*>(start)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* here = start_ ? reinterpret_cast<T*>(start_ + bytes_) : nullptr;
-    bytes_ += (count * sizeof(T) + 255) / 256 * 256;
-    return here;
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* start_;
-  size_t bytes_ = 0;
 };
 
 // f(T{}, number of columns the kernels are built for)
@@ -102,22 +76,20 @@ Tiling stats_tiling(const SoftmaxProblem& p, bool want_mean, int device) {
              : Tiling(p.query.rows, p.keys.rows, OneProduct<D>::kRows, OneProduct<D>::kColumns, bytes, device);
 }
 
-template <class Parts>
-size_t place_stats(Parts& parts, void* memory, const SoftmaxProblem& p, bool want_mean, int splits, int sums) {
-  Scratch scratch(memory);
-  const int64_t B = p.query.rows, cells = splits * sums * B;
-  const bool by_label = p.query_labels && !p.positive;
-  parts.ref = scratch.take<float>(cells);
-  parts.sum = scratch.take<float>(cells);
-  parts.other_means = want_mean ? scratch.take<float>((splits - 1) * B * p.query.dim) : nullptr;
-  parts.pos_ref = by_label ? scratch.take<float>(cells) : nullptr;
-  parts.pos_sum = by_label ? scratch.take<float>(cells) : nullptr;
-  parts.pos_total = by_label ? scratch.take<float>(cells) : nullptr;
-  parts.pos_count = by_label ? scratch.take<int>(cells) : nullptr;
-  return scratch.bytes();
-}
+// What the walk leaves behind, for combine_stats.
+struct StatsParts {
+  RowPart* parts;      // [splits * sums, B]
+  float* other_means;  // [splits - 1, B, D]
+  size_t bytes;
 
-template <class T>
+  StatsParts(void* memory, const SoftmaxProblem& p, bool want_mean, int splits, int sums) {
+    Scratch scratch(memory);
+    parts = scratch.take<RowPart>(splits * sums * p.query.rows);
+    other_means = want_mean ? scratch.take<float>((splits - 1) * p.query.rows * p.query.dim) : nullptr;
+    bytes = scratch.bytes();
+  }
+};
+
 struct KeyGradParts {
   float *coefficient_scale, *keys, *bias;
   size_t bytes;
@@ -158,10 +130,9 @@ bool covers_stats(const SoftmaxProblem& p) { return suits(p); }
 
 size_t softmax_stats_scratch(const SoftmaxProblem& p, bool want_mean, const Launch& launch) {
   size_t bytes = 0;
-  dispatch(p, [&](auto t, auto d) {
-    LogSumExp<decltype(t), 0> parts{ProblemView(p, nullptr)};
-    bytes = place_stats(parts, nullptr, p, want_mean, stats_tiling<d>(p, want_mean, launch.device).splits,
-                        want_mean ? kSums<d> : 1);
+  dispatch(p, [&](auto, auto d) {
+    const int splits = stats_tiling<d>(p, want_mean, launch.device).splits;
+    bytes = StatsParts(nullptr, p, want_mean, splits, want_mean ? kSums<d> : 1).bytes;
   });
   return bytes;
 }
@@ -173,10 +144,13 @@ void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Launc
     const Tiling tiling = stats_tiling<D>(p, out.mean, launch.device);
     const ProblemView problem(p, launch.scale_factor);
     const int sums = out.mean ? kSums<D> : 1;
+    const StatsParts parts(launch.scratch, p, out.mean, tiling.splits, sums);
     auto prepared = [&](auto reduction) {
       reduction.dim = p.query.dim;
+      reduction.by_label = p.query_labels && !p.positive;
+      reduction.parts = parts.parts;
       reduction.mean = out.mean;
-      place_stats(reduction, launch.scratch, p, out.mean, tiling.splits, sums);
+      reduction.other_means = parts.other_means;
       return reduction;
     };
     if (!out.mean) {
@@ -189,9 +163,8 @@ void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Launc
       using Reduction = LogSumExp<T, D <= 64 ? 4 : 0>;
       launch_two_products<T, D>(p.query, p.keys, prepared(Reduction{problem}), tiling, launch.stream);
     }
-    const auto blocks = static_cast<unsigned>((p.query.rows + kFinishWarps - 1) / kFinishWarps);
-    cuda::launch(finish_stats<T>, dim3(blocks), dim3(32 * kFinishWarps), 0, launch.stream, p, problem,
-                 prepared(LogSumExp<T, 0>{problem}), out, tiling.splits, sums);
+    combine_stats({p, launch.scale_factor, parts.parts, out.mean, parts.other_means, tiling.splits, sums, kLn2, out},
+                  launch.stream);
   });
 }
 
@@ -200,9 +173,8 @@ bool covers_key_grad(const SoftmaxProblem& p, bool want_keys) { return want_keys
 size_t softmax_key_grad_scratch(const SoftmaxProblem& p, const SoftmaxGrads&, bool, bool want_bias,
                                 const Launch& launch) {
   size_t bytes = 0;
-  dispatch(p, [&](auto t, auto d) {
-    bytes =
-        KeyGradParts<decltype(t)>(nullptr, p, want_bias, key_grad_tiling<d>(p, launch.device).splits, kSums<d>).bytes;
+  dispatch(p, [&](auto, auto d) {
+    bytes = KeyGradParts(nullptr, p, want_bias, key_grad_tiling<d>(p, launch.device).splits, kSums<d>).bytes;
   });
   return bytes;
 }
@@ -213,13 +185,10 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
     using T = decltype(t);
     constexpr int D = d;
     const Tiling tiling = key_grad_tiling<D>(p, launch.device);
-    const KeyGradParts<T> parts(launch.scratch, p, dbias, tiling.splits, kSums<D>);
+    const KeyGradParts parts(launch.scratch, p, dbias, tiling.splits, kSums<D>);
     T* const out = static_cast<T*>(dkeys);
-    const int64_t N = p.keys.rows, quads = N * p.keys.dim / 4;
-    auto blocks = [](int64_t threads) { return dim3(static_cast<unsigned>((threads + 255) / 256)); };
-    if (std::is_same_v<T, fp16>)
-      cuda::launch(find_coefficient_scale, dim3(1), dim3(1024), 32 * sizeof(float), launch.stream,
-                   ProblemView(p, launch.scale_factor), grads, parts.coefficient_scale);
+    const int64_t N = p.keys.rows;
+    if (std::is_same_v<T, fp16>) find_coefficient_scale(p, grads, parts.coefficient_scale, launch.stream);
     const KeyCoefficients<T> reduction{ProblemView(p, launch.scale_factor),
                                        grads,
                                        p.keys.dim,
@@ -229,11 +198,9 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
                                        parts.bias ? parts.bias : dbias};
     launch_two_products<T, D>(p.keys, p.query, reduction, tiling, launch.stream);
     if (parts.keys)
-      cuda::launch(finish_key_grad<T>, blocks(quads), dim3(256), 0, launch.stream, parts.keys, out, quads,
-                   tiling.splits);
+      sum_splits(parts.keys, N * p.keys.dim, tiling.splits, 1.0f, nullptr, out, p.keys.dtype, launch.stream);
     if (parts.bias)
-      cuda::launch(finish_bias_grad, blocks(N), dim3(256), 0, launch.stream, parts.bias, dbias, N,
-                   tiling.splits * kSums<D>);
+      sum_splits(parts.bias, N, tiling.splits * kSums<D>, 1.0f, nullptr, dbias, DType::f32, launch.stream);
   });
 }
 

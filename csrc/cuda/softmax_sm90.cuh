@@ -97,10 +97,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
 
     const uint32_t rows_at = smem_addr(rows + group * 64 * kPanel) / 16, ring_at = smem_addr(ring) / 16;
+    // Consumers take turns at issuing, consumer 0 first, so that one computes exponentials while the other multiplies.
+    // Turn i of consumer c waits for phase i - 1 + c of turn[c], which the other's pass of that number ends: parity
+    // (i + 1 + c) & 1. Consumer 0's turn 0 names the phase before the first, which counts as ended.
     auto turn = [&](int i) { mbar_wait(&bars.turn[group], (i + 1 + group) & 1); };
     auto pass = [&] {
       if (lane() == 0) mbar_arrive(&bars.turn[1 - group]);
     };
+    // S = X Y^T of tile n. Element 16k of a row lies in panel k / 4, 32 bytes for each k % 4.
     auto first_product = [&](int n) {
       const uint32_t a = opaque(rows_at), b = opaque(ring_at + n % kStages * (Shape::kTile / 8));
 #pragma unroll
@@ -109,6 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     descriptor<16>(b + (k / 4 * kColumns * 128 + k % 4 * 32) / 16), k > 0);
       wgmma_commit();
     };
+    // O += P Y of tile n, p from registers; 16 rows of Y are 2048 bytes on, its panels kColumns rows apart.
     auto second_product = [&](int n) {
       const uint32_t b = opaque(ring_at + n % kStages * (Shape::kTile / 8));
 #pragma unroll
@@ -118,13 +123,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
 
     mbar_wait(&bars.rows, 0);
-    mbar_wait(&bars.full[0], 0);
+    mbar_wait(&bars.full[0], 0);  // piece 0 is use 0 of its stage
     turn(0);
     wgmma_fence();
     first_product(0);
     pass();
     wgmma_wait<0>();
     hold(s);
+    // Here S of tile n is there, and O of tile n - 1 may still run, reading p and its stage.
     for (int n = 0;; ++n) {
       const int slot = n % kSlots;
       if (reduction.columns_wanted()) mbar_wait(&bars.columns_full[slot], n / kSlots & 1);
@@ -133,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         __syncwarp();
         if (lane() == 0) mbar_arrive(&bars.columns_empty[slot]);
       }
-      wgmma_wait<0>();
+      wgmma_wait<0>();  // O of tile n - 1: p may be overwritten, o rescaled, and both products have left the stage
       hold(o);
       if (n) release(&bars.empty[(n - 1) % kStages], walk.cluster);
       reduction.correct(o, state);
@@ -148,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       first_product(n + 1);
       second_product(n);
       pass();
-      wgmma_wait<1>();
+      wgmma_wait<1>();  // S of tile n + 1 alone
       hold(s);
     }
     wgmma_fence();
@@ -210,6 +216,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           tensor_copy(rows + p * Shape::kRows * kPanel, rows_map, p * kPanel, at.row0, &bars.rows);
 #pragma unroll 1
         for (int n = 0; n < at.count * kStages; ++n) {
+          // Quarter q lies in stage q, always: 0 and 1 the halves that owners 0 and 1 read in both products, 2 and 3
+          // the other owner's columns of the same halves.
           const int quarter = n % kStages, half = quarter % 2, owner = quarter < 2 ? half : 1 - half;
           stream<kOwn, kStages, kHalfPanels>(bars, ring, columns_map, n, half * kHalfPanels,
                                              (at.first + n / kStages) * Shape::kColumns + owner * kOwn, walk);
@@ -239,6 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int n = 0; n < at.count; ++n) {
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
+        // Own columns, own half of the elements first. Stage q is used once a tile: use n, parity n & 1.
         const int half = part ? other : own, quarter = Shape::quarter(own, half);
         mbar_wait(&bars.full[quarter], n & 1);
         wgmma_fence();
@@ -252,6 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       wgmma_wait<0>();
       hold(s);
+      // Two products read each stage, of both consumers or both of one: 4 * kConsumers arrivals in any case.
       release(&bars.empty[Shape::quarter(own, 0)], walk.cluster);
       release(&bars.empty[Shape::quarter(own, 1)], walk.cluster);
 
@@ -261,7 +271,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float scale =
           reduction.logits(s, state, totals, (at.first + n) * Shape::kColumns + own * kOwn, mine_columns, reached);
       if (lane() % 4 == 0) tops[own * Shape::kRows + row] = reached[0], tops[own * Shape::kRows + row + 8] = reached[1];
-      bar_sync(1, 128 * kConsumers);
+      bar_sync(1,
+               128 * kConsumers);  // both maxima are written, and the other's product of the tile before has read mine
 #pragma unroll
       for (int h = 0; h < 2; ++h) reached[h] = fmaxf(reached[h], tops[other * Shape::kRows + row + 8 * h]);
       reduction.raise(state, reached);
@@ -279,8 +290,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           // Register i has row 8 * (i % 2) + g and columns 16k + 8 * (i / 2) on, in the 128-byte swizzle.
           *reinterpret_cast<uint32_t*>(mine + i % 2 * 1024 + ((2 * k + i / 2) ^ g % 8) * 16) = p[k][i];
         }
-      fence_proxy_async();
-      bar_sync(1, 128 * kConsumers);
+      fence_proxy_async();            // plain stores, which wgmma reads through the asynchronous proxy
+      bar_sync(1, 128 * kConsumers);  // both halves of the exponentials are written; tops may be overwritten
 
       wgmma_fence();
       constexpr int kPanelBytes = kOwn * 128;
@@ -296,9 +307,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int k = 0; k < kOwn / 16; ++k)
         wgmma_ss_t<T>(o, descriptor<16>(a + k * 32 / 16), descriptor<kPanelBytes>(b + k * 2048 / 16), true);
       wgmma_commit();
-      wgmma_wait<1>();
+      wgmma_wait<1>();  // the product with own columns
       release(&bars.empty[own], walk.cluster);
-      wgmma_wait<0>();
+      wgmma_wait<0>();  // and the one with the other's
       hold(o);
       release(&bars.empty[2 + own], walk.cluster);
     }

@@ -8,12 +8,6 @@
 
 namespace fastcompat::cuda::sm80 {
 
-struct RowPart {
-  float top, sum_exp;  // negatives
-  float pos_top, pos_sum_exp, pos_sum;
-  int pos_count;
-};
-
 struct StatsArgs {
   Walk walk;
   float scale;

@@ -50,7 +50,8 @@ struct SplitFloat {  // 2 or 3 bf16 terms
   static constexpr int groups = 3;
 };
 
-// Product number n of 6 is (left term, right term); 3 products are the last three, 1 the last.
+// Product number n of 6 is (left term, right term), a hexadecimal digit each, n = 0 the lowest: (0, 2), (1, 1), (2, 0),
+// (0, 1), (1, 0), (0, 0), from the smallest. 3 products (two terms) are the last three, 1 the last.
 __device__ __forceinline__ int left_term(int n) { return 0x010210 >> 4 * n & 15; }
 __device__ __forceinline__ int right_term(int n) { return 0x001012 >> 4 * n & 15; }
 __host__ __device__ constexpr int first_product(int terms) { return 6 - terms * (terms + 1) / 2; }
@@ -248,7 +249,10 @@ class TileWalk {
     for (int n = 0; n + 1 < w.stages; ++n) load();
   }
 
-  // The oldest stage once it has arrived; the one that everybody has left is filled again.
+  // The oldest stage once it has arrived; the one that everybody has left is filled again. Each call commits one group
+  // of copies, an empty one past the end, so that "all but the newest stages - 2 groups" is always the oldest stage.
+  // The one barrier says both that every thread's part of that stage has arrived and that all have read the stage
+  // before, which load() overwrites.
   __device__ __forceinline__ uint16_t* next_stage() {
     if (w.stages == 3)
       cp_async_wait<1>();
@@ -305,7 +309,8 @@ class TileWalk {
     return slot;
   }
 
-  // Phase 0 counts (piece, product); phase 1 + term counts (group, half, right term from the smallest).
+  // Must follow run()'s order of next_stage() exactly. Phase 0 counts (piece, product); phase 1 + term counts (group,
+  // half, right term from the smallest).
   __device__ __forceinline__ void advance(Cursor& c) const {
     if (c.phase == 0) {
       if (++c.product < 6) return;

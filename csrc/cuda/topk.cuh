@@ -23,10 +23,12 @@ struct TopkProblem {
   Gallery gallery;
 };
 
+// Entries of a list: the k best; room for half as many others, or a tile's, so that a list is shortened rarely; and one
+// tile of keys, which may all come before anyone looks at its length again.
 inline int64_t capacity_for(int64_t k) { return k + std::max<int64_t>(k / 2, TILE) + TILE; }
 
 struct TopkTier {
-  bool gathers;                                      // reads listed rows where they lie
+  bool gathers;                                      // reads rows wherever they lie: listed ones, and ones that overlap
   int blocks_a_processor;                            // at once
   int (*rows_a_block)(const std::vector<Segment>&);  // queries
   void (*screen)(const sm80::Screen&, const TopkProblem&, const Launch&);
@@ -71,7 +73,8 @@ __device__ __forceinline__ int append(const TopkProblem& p, const Space& space, 
   return at + 1;
 }
 
-constexpr int HELD = 12;  // candidates that a lane holds in registers
+constexpr int kRefresh = 16;  // tiles between two looks at what other splits have reached
+constexpr int HELD = 12;      // candidates that a lane holds in registers: lists of up to 384, all of k <= 128
 
 // A warp drops what k others certainly beat; leaves all where more than `room` would stay. k < n <= 32 * HELD.
 __device__ __forceinline__ bool drop_beaten(const Candidates& list, int& n, int k, int room, float& threshold) {
@@ -123,7 +126,7 @@ __device__ __forceinline__ bool drop_beaten(const Candidates& list, int& n, int 
 __device__ __forceinline__ void shorten(const TopkProblem& p, int64_t query, int64_t list, uint32_t* shared_threshold,
                                         ListState& state, uint32_t* staged) {
   const Candidates candidates = p.lists.at(list * p.capacity);
-  const int room = p.k + (p.capacity - TILE - p.k) / 2;
+  const int room = p.k + (p.capacity - TILE - p.k) / 2;  // half of what a list has beyond k, so that it lasts a while
   Cut cut = {state.count, state.threshold, NO_ID};
   if (cut.n > 32 * HELD || !drop_beaten(candidates, cut.n, p.k, room, cut.threshold))
     cut = keep_best(WarpTeam(), p.gallery, query, candidates, cut.n, p.k, room, false, cut.threshold, staged);

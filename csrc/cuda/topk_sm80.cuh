@@ -38,7 +38,7 @@ struct Topk {
   __device__ float threshold() const { return lists[tid].threshold; }
 
   __device__ void start_tile(int64_t, int64_t) {
-    if (tiles++ % 16 || tid >= queries) return;
+    if (tiles++ % kRefresh || tid >= queries) return;
     lists[tid].raise(shared_threshold(p, local + tid), NO_ID);
   }
 

@@ -22,7 +22,6 @@ namespace fastcompat::cuda::sm90 {
 constexpr int kSurvivors = 64;  // that may wait in a warp: 31, and another of each lane
 constexpr int kStages = 5, kSlots = 2, kChunk = TILE * kPanel;
 constexpr int kQueryElements = 256 * 256;
-constexpr int kRefresh = 16;  // tiles between two looks at what other splits have reached
 
 // What a key brings besides its vector.
 struct KeyFactors {
@@ -206,8 +205,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     float s[FRAGMENTS][TILE / 2];
     const uint32_t rows_at = smem_addr(queries + fragment0 * 64 * kPanel) / 16, ring_at = smem_addr(ring) / 16;
     mbar_wait(&bars.rows, 0);
-    if (group) mbar_wait(&bars.turn[1], 0);
-    int stage = 0, phase = 0;
+    if (group) mbar_wait(&bars.turn[1], 0);  // once: consumer 1 starts kAhead chunks after consumer 0
+    int stage = 0, phase = 0;  // of the chunk that is next; the phase changes with every round of the ring
 #pragma unroll 1
     for (int n = 0; n < at.count; ++n) {
       if (n % kRefresh == 0) rows.refresh();
@@ -229,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           release(&bars.empty[(stage + kStages - 1) % kStages], walk.cluster);
         }
         if (n == 0 && p + 1 == min(kAhead, panels) && group == 0 && lane() == 0) mbar_arrive(&bars.turn[1]);
-        if (p + 1 < panels && ++stage == kStages) stage = 0, phase ^= 1;
+        if (p + 1 < panels && ++stage == kStages) stage = 0, phase ^= 1;  // the last chunk's stage is released below
       }
       wgmma_wait<0>();
       release(&bars.empty[stage], walk.cluster);
@@ -278,6 +277,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int known = 0; known < 2 * FRAGMENTS; ++known)
             if (known == i) inner = pick(s[known / 2], known % 2, e);
+          // Score e of the half is column e / 2 * 8 + 2t + e % 2; row number 4g + i, as WarpRows counts.
           rows.add(lanes, inner, static_cast<uint32_t>(n * TILE + e / 2 * 8 + t2 + e % 2) * 32 + lane() / 4 * 4 + i);
           left &= left - 1;
         }
