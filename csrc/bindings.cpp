@@ -227,15 +227,18 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTCOMPAT_CUDA
     d["cuda"] = FASTCOMPAT_CUDA_VERSION;
     d["cuda_archs"] = py::str(FASTCOMPAT_CUDA_ARCHS).attr("split")(",");
-    const std::string tier = cuda::tier();
-    d["cuda_tier"] = tier.empty() ? py::object(py::none()) : py::str(tier);
 #else
     d["cuda"] = py::none();
     d["cuda_archs"] = py::list();
-    d["cuda_tier"] = py::none();
 #endif
     d["simd_built"] = simd_built();
     return d;
+  });
+  m.def("cuda_tier", []() -> py::object {  // None: the device decides, or there are no kernels
+#ifdef FASTCOMPAT_CUDA
+    if (const std::string tier = cuda::tier(); !tier.empty()) return py::str(tier);
+#endif
+    return py::none();
   });
   m.def("simd_levels", &simd_levels);
   m.def("simd", &simd);

@@ -73,7 +73,7 @@ module = emulated_module()
 capability = int(sys.argv[1])
 ctypes.CDLL(module.__file__).emulate(capability, 13000, SHARED_MEMORY[capability])
 try:
-    print(module.build()["cuda_tier"], module.cuda.unusable(0), sep="|")
+    print(module.cuda_tier(), module.cuda.unusable(0), sep="|")
 except ValueError as error:
     print("ValueError", error, sep="|")
 """
