@@ -70,7 +70,7 @@ def build_info() -> dict[str, Any]:
     in use), threads.
     """
     build = dict(_C.build())
-    known = ("version", "compiler", "cuda", "cuda_archs", "simd_built")
+    known = ("version", "compiler", "cuda", "cuda_archs", "cuda_tier", "simd_built")
     return {name: build[name] for name in known} | {
         "cuda_tier": _C.cuda_tier(),
         "simd_usable": simd_levels(),
