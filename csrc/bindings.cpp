@@ -241,6 +241,12 @@ PYBIND11_MODULE(_C, m) {
     d["simd_built"] = simd_built();
     return d;
   });
+  m.def("cuda_tier", []() -> py::object {  // None: the device decides, or there are no kernels
+#ifdef FASTCOMPAT_CUDA
+    if (const std::string tier = cuda::tier(); !tier.empty()) return py::str(tier);
+#endif
+    return py::none();
+  });
   m.def("simd_levels", &simd_levels);
   m.def("simd", &simd);
   m.def("set_simd", &set_simd);

@@ -90,7 +90,7 @@ def build_info() -> BuildInfo:
         compiler=build["compiler"],
         cuda=build["cuda"],
         cuda_archs=build["cuda_archs"],
-        cuda_tier=build["cuda_tier"],
+        cuda_tier=_C.cuda_tier(),
         simd_built=build["simd_built"],
         simd_usable=simd_levels(),
         simd=simd(),

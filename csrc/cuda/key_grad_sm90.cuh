@@ -1,7 +1,8 @@
 // Coefficients of the key gradient: dkey_j = scale * sum_i c_ij query_i, dbias_j = sum_i c_ij with
 //   c_ij = g_neg_i exp(z_ij - neg_lse_i)               for the negatives of query i,
 //   c_ij = g_pos_i exp(z_ij - pos_lse_i) + g_sum_i     for its positives, 0 for its excluded key.
-// Rows are keys, columns queries; everything a query brings lies in shared memory, so no maximum and no rescaling.
+// Rows are keys, columns queries; all that the coefficients need of a query lies in shared memory, so no maximum and no
+// rescaling.
 #pragma once
 #include "logits_sm90.cuh"
 

@@ -129,13 +129,14 @@ struct PositiveState {
 
 // Rows are queries, columns keys. A row's log-sum-exp over its negatives is kept as ref and sum, log2(sum) + ref, with
 // the quad's four threads adding up their own columns; ref follows the maximum lazily, when a logit exceeds it by a
-// factor 2^kSlack, so that o, which carries the same factor, is rarely rescaled. fp16 exponentials are multiplied by
-// 2^kHead to use its range: 2^(kHead + kSlack) = 2^15 is below its largest number, 65,504, and what is 2^-24 of the
-// row's largest is still a normal number. bf16 has float's range, and 2^8 times a sum of 2^31 exponentials fits easily.
+// factor 2^kLazyRescale, so that o, which carries the same factor, is rarely rescaled. fp16 exponentials are multiplied
+// by 2^kHead to use its range: 2^(kHead + kLazyRescale) = 2^15 is below its largest number, 65,504, and what is 2^-24
+// of the row's largest is still a normal number. bf16 has float's range, and 2^8 times a sum of 2^31 exponentials fits
+// easily.
 template <class T, int POLYNOMIAL_OF>  // every how many-th column's exponential is a polynomial; 0: none
 struct LogSumExp {
   static constexpr bool kHalf = std::is_same_v<T, fp16>;
-  static constexpr float kHead = kHalf ? 10.0f : 0.0f, kSlack = kHalf ? 5.0f : 8.0f;
+  static constexpr float kHead = kHalf ? 10.0f : 0.0f, kLazyRescale = kHalf ? 5.0f : 8.0f;
 
   ProblemView problem;
   int64_t dim = 0;
@@ -223,7 +224,7 @@ struct LogSumExp {
     return scale;
   }
   __device__ __forceinline__ void raise(RowState& r, const float (&reached)[2]) const {
-    r.rescaled = __any_sync(kAllLanes, reached[0] > r.ref[0] + kSlack || reached[1] > r.ref[1] + kSlack);
+    r.rescaled = __any_sync(kAllLanes, reached[0] > r.ref[0] + kLazyRescale || reached[1] > r.ref[1] + kLazyRescale);
     if (!r.rescaled) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -236,11 +236,11 @@ __device__ __forceinline__ void score_interval(float inner, const RowFactors& q,
                                                float& low, float& high) {
   const float screened = finish(inner, q.multiply, q.add, s);
   const float error = inner_error(q, bounds_of(k), s.segment.keys.dim);
-  const float slack =
+  const float error_bound =
       fabsf(s.segment.scale) * (q.multiply * error + (0x1p-19f + square_error(s.segment.keys.dim)) * fabsf(q.add)) +
       0x1p-20f * fabsf(s.segment.offset);
-  low = screened - slack;
-  high = screened + slack;
+  low = screened - error_bound;
+  high = screened + error_bound;
   if (!(low >= -3e38f && high <= 3e38f)) {
     low = -CUDART_INF_F;
     high = CUDART_INF_F;

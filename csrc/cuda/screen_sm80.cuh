@@ -1,6 +1,6 @@
-// Screening: score tiles on tensor cores, of which only pairs that may matter go on, as intervals that hold their exact
-// score. inner_ij = <q_i, k_j> * a_j + b_j is compared with one limit per row and tile; all else is for survivors.
-// Fused: matrix product, metric, limit. Read twice: queries, once per tile of keys (from L2).
+// Screening: score tiles on tensor cores, of which only pairs that may matter are handed on, as intervals that hold
+// their exact score. inner_ij = <q_i, k_j> * a_j + b_j is compared with one limit per row and tile; all else is for
+// survivors. Fused: matrix product, metric, limit. Read twice: queries, once per tile of keys (from L2).
 //
 // A block: 128 queries x 128 keys, 4 warps of 64 x 64, 4 stages of 32 columns. Between two barriers a warp issues 64
 // matrix instructions, 16 loads of fragments and about 80 others.
@@ -153,9 +153,8 @@ __device__ __forceinline__ void multiply_piece(const unsigned char* stage, const
 
 // Reduction: every thread enters start_tile(first, end), end_tile(), which is a barrier at least, and finish(). A
 // thread asks active() and threshold(), what a score must reach, of the row of its number; offer(row, column, position,
-// low, high) hears of one survivor and says whether it wants resolve(row, column, position, score), which a whole warp
-// enters.
-// report: screen_kernel 254 registers; HMMA.16816.F32*, LDSM.16.M88.4, LDGSTS.E.BYPASS.128*
+// low, high) is called for each survivor and says whether it needs resolve(row, column, position, score), which a whole
+// warp enters. report: screen_kernel 254 registers; HMMA.16816.F32*, LDSM.16.M88.4, LDGSTS.E.BYPASS.128*
 template <class T, class Reduction>
 __global__ void __launch_bounds__(THREADS, 2)
     screen_kernel(const __grid_constant__ Screen p, const __grid_constant__ typename Reduction::Problem problem) {

@@ -1,6 +1,6 @@
 // Hopper kernels (sm_90a) of the softmax engine: wgmma reads tiles that the tensor copy engine fetched, mbarriers pass
 // them on. Three warpgroups: one producer (24 registers a thread; warp 0 streams tiles, warps 1 to 3 what a column
-// brings besides its vector: label, bias, log-sum-exp, gradients), two consumers (240). Blocks form clusters of two
+// has besides its vector: label, bias, log-sum-exp, gradients), two consumers (240). Blocks form clusters of two
 // that stream the same columns, each fetching half for both.
 //
 //   two_products             O[128, D] += f(S) Y, S = X Y^T of a streamed tile Y, which is loaded once and used by both

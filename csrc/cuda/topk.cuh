@@ -77,7 +77,7 @@ constexpr int kRefresh = 16;  // tiles between two looks at what other splits ha
 constexpr int HELD = 12;      // candidates that a lane holds in registers: lists of up to 384, all of k <= 128
 
 // A warp drops what k others certainly beat; leaves all where more than `room` would stay. k < n <= 32 * HELD.
-__device__ __forceinline__ bool drop_beaten(const Candidates& list, int& n, int k, int room, float& threshold) {
+__device__ __forceinline__ bool prune_in_registers(const Candidates& list, int& n, int k, int room, float& threshold) {
   const WarpTeam team;
   uint32_t low[HELD], position[HELD];
   float high[HELD];
@@ -123,12 +123,12 @@ __device__ __forceinline__ bool drop_beaten(const Candidates& list, int& n, int 
 }
 
 // A warp makes room on a list that is longer than k. `staged` holds its length in words of faster memory, or is null.
-__device__ __forceinline__ void shorten(const TopkProblem& p, int64_t query, int64_t list, uint32_t* shared_threshold,
-                                        ListState& state, uint32_t* staged) {
+__device__ __forceinline__ void prune(const TopkProblem& p, int64_t query, int64_t list, uint32_t* shared_threshold,
+                                      ListState& state, uint32_t* staged) {
   const Candidates candidates = p.lists.at(list * p.capacity);
   const int room = p.k + (p.capacity - TILE - p.k) / 2;  // half of what a list has beyond k, so that it lasts a while
   Cut cut = {state.count, state.threshold, NO_ID};
-  if (cut.n > 32 * HELD || !drop_beaten(candidates, cut.n, p.k, room, cut.threshold))
+  if (cut.n > 32 * HELD || !prune_in_registers(candidates, cut.n, p.k, room, cut.threshold))
     cut = keep_best(WarpTeam(), p.gallery, query, candidates, cut.n, p.k, room, false, cut.threshold, staged);
   __syncwarp();
   if (threadIdx.x % 32 == 0) {

@@ -50,24 +50,24 @@ struct Topk {
   __device__ void resolve(int, int, int64_t, float) {}
 
   // Each warp shortens the lists of its rows that are longer than `longest`.
-  __device__ void shorten(int longest) {
+  __device__ void prune(int longest) {
     const int warp = tid / 32;
     uint32_t* staged = reinterpret_cast<uint32_t*>(shared.stash) + warp * STAGED;
     for (int row = warp * 32; row < warp * 32 + 32; ++row)
       if (lists[row].count > longest)
-        cuda::shorten(p, first_query + row, list_of(row), p.thresholds + local + row, lists[row],
-                      lists[row].count <= STAGED ? staged : nullptr);
+        cuda::prune(p, first_query + row, list_of(row), p.thresholds + local + row, lists[row],
+                    lists[row].count <= STAGED ? staged : nullptr);
   }
 
   __device__ void end_tile() {
     if (!__syncthreads_or(full)) return;
     full = false;
-    shorten(p.capacity - TILE);
+    prune(p.capacity - TILE);
     __syncthreads();
   }
 
   __device__ void finish() {
-    shorten(p.k);
+    prune(p.k);
     __syncthreads();
     if (tid < queries) p.counts[list_of(tid)] = lists[tid].count;
   }

@@ -23,7 +23,7 @@ constexpr int kSurvivors = 64;  // that may wait in a warp: 31, and another of e
 constexpr int kStages = 5, kSlots = 2, kChunk = TILE * kPanel;
 constexpr int kQueryElements = 256 * 256;
 
-// What a key brings besides its vector.
+// What is needed of a key besides its vector.
 struct KeyFactors {
   float multiply, add;
 };
@@ -129,8 +129,8 @@ struct WarpRows {
     __syncwarp();
     for (unsigned m = __ballot_sync(kAllLanes, rows[lane()].list.count > longest); m; m &= m - 1) {
       const int row = __ffs(m) - 1;
-      shorten(problem, query_of(row), list_of(row), problem.thresholds + query_of(row) - screen.first_query,
-              rows[row].list, nullptr);
+      prune(problem, query_of(row), list_of(row), problem.thresholds + query_of(row) - screen.first_query,
+            rows[row].list, nullptr);
     }
   }
 };

@@ -120,7 +120,7 @@ __device__ __forceinline__ void stream(Bars& bars, T* ring, const TensorMap& map
   }
 }
 
-// Warps 1 to 3 of the producer: what each column brings besides its vector.
+// Warps 1 to 3 of the producer: what each column has besides its vector.
 template <int COLUMNS, int SLOTS, class Reduction, class Bars>
 __device__ void fill_columns(const Reduction& reduction, typename Reduction::Column* columns, int* flags, Bars& bars,
                              const Part& at, int rows) {

@@ -121,6 +121,8 @@ __global__ void fill_kernel(float* out, int words) {
   if (threadIdx.x == 0) out[blockIdx.x] = all[words - 1];
 }
 
+[[maybe_unused]] __global__ void never_launched() {}
+
 // What a kernel is allowed belongs to the kernel: a small launch must not take it from a large one beside it.
 DEVICE_TEST_OF_VALUES(shared_memory_is_allowed_once_and_to_the_most_that_a_block_may_have) {
   device_test::Buffer<float> out(1);
@@ -132,6 +134,8 @@ DEVICE_TEST_OF_VALUES(shared_memory_is_allowed_once_and_to_the_most_that_a_block
     expect(same_bits(out)[0] == static_cast<float>((kib << 8) - 1), "%d KiB", kib);
   }
 #if CUDA_ON_CPU
+  const auto* other = reinterpret_cast<const void*>(never_launched);
+  expect(emu::refusal(other, 1, dim3(1), dim3(32), 60 << 10) != cudaSuccess, "a launch without allowance is taken");
   expect(emu::allowances_set - before <= 1, "set %d times", emu::allowances_set - before);
   const auto* kernel = reinterpret_cast<const void*>(fill_kernel);
   expect(emu::allowance[kernel] == int(emu::smem_limit), "%d bytes are allowed", emu::allowance[kernel]);
