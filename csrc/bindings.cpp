@@ -37,12 +37,12 @@ SoftmaxProblem problem_of(const ProblemTuple& t) {
           pointer<int64_t>(exclude)};
 }
 
-// (query, keys, dtype, D, query stride, keys stride, N, rows, count, scale, offset, packed)
-using SegmentTuple =
-    std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, Address, int64_t, float, float, Address>;
+// (query, keys, dtype, D, query stride, keys stride, N, rows, count, scale, offset, packed, items)
+using SegmentTuple = std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, Address, int64_t, float,
+                                float, Address, Address>;
 
 Segment segment_of(const SegmentTuple& t, int64_t B) {
-  const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset, packed] = t;
+  const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset, packed, items] = t;
   const DType type = static_cast<DType>(dtype);
   return {{pointer<void>(query), type, B, D, query_stride},
           {pointer<void>(keys), type, N, D, keys_stride},
@@ -50,7 +50,8 @@ Segment segment_of(const SegmentTuple& t, int64_t B) {
           count,
           scale,
           offset,
-          pointer<float>(packed)};
+          pointer<float>(packed),
+          pointer<int32_t>(items)};
 }
 
 #ifdef FASTCOMPAT_CUDA

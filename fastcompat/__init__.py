@@ -7,10 +7,10 @@ from .evaluate import RetrievalMetrics, retrieval_metrics
 from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
 from .merge import merge_topk
-from .mixed_gallery import MixedGallery
 from .ordering import uncertainty
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
 from .reference import SoftmaxStats
+from .serving import MixedGallery
 from .transforms import ForwardTransform, Procrustes, ResidualHead, ReverseQueryTransform, SideInformation
 
 __all__ = [

@@ -180,6 +180,7 @@ class _Call:
         scale: float = 1.0,
         offset: float = 0.0,
         packed: int = 0,
+        items: Tensor | None = None,
     ) -> tuple[Any, ...]:
         query, keys = self.rows(query), self.rows(keys)
         return (
@@ -195,6 +196,7 @@ class _Call:
             scale,
             offset,
             packed,
+            self.flat(items),
         )
 
 
@@ -289,7 +291,7 @@ def softmax_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def topk(
     query: Sequence[Tensor],
     keys: Sequence[Tensor],
-    rows: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
     scale: Sequence[float],
     offset: Sequence[float],
     k: int,
@@ -299,12 +301,14 @@ def topk(
     exclude: Tensor | None,
     packed: Sequence[Tensor],
     report: bool = True,
+    items: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `fastcompat::topk`."""
     call = _Call(query[0])
-    every: Sequence[Tensor | None] = rows or [None]
     kept = [p.data_ptr() if p.numel() else 0 for p in packed] or [0] * len(keys)
-    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, kept, strict=True)]
+    every = [None] * len(keys)
+    parts = zip(query, keys, rows or every, scale, offset, kept, items or every, strict=True)
+    segments = [call.segment(*part) for part in parts]
     count = query[0].shape[0]
     scores = query[0].new_empty((count, k), dtype=torch.float32)
     ids = query[0].new_empty((count, k), dtype=torch.int64)

@@ -28,28 +28,31 @@ def topk(
     key_labels: Tensor | None = None,
     exclude: Tensor | None = None,
     native: bool,
-    names: Names = (("query", "keys"),),
+    names: Names | None = (("query", "keys"),),
     report: bool = True,
     packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Best k over one or more segments (`reference.topk`); `names[s]` is what the caller calls segment s.
+    """Best k over one or more segments (`reference.topk`); `names[s]` is what the caller calls segment s
+    (None: NonFiniteError goes to the caller as it is).
 
     Without `report` a GPU is not waited for, and NaN or inf there goes unnoticed. `packed` is what `pack`
     made of the segments, on the CPU.
     """
-    segments = [Segment(p.query.detach(), p.keys.detach(), p.rows, p.scale, p.offset) for p in segments]
+    segments = [p._replace(query=p.query.detach(), keys=p.keys.detach()) for p in segments]
     try:
         if not native:
             return reference.topk(segments, k, metric, query_labels, key_labels, exclude)
-        query, keys, rows, scale, offset = map(list, zip(*segments, strict=True))
-        chosen = [part for part in rows if part is not None]
+        query, keys, rows, scale, offset, items = map(list, zip(*segments, strict=True))
+        its = None if items[0] is None else items
         _checks.no_transforms(forward_mode=False)
         sets = (query_labels, key_labels, exclude)
         found: tuple[Tensor, Tensor] = _ops.topk(
-            query, keys, chosen, scale, offset, k, metric, *sets, packed, report
+            query, keys, rows, scale, offset, k, metric, *sets, packed, report, its
         )
         return found
     except _checks.NonFiniteError as error:
+        if names is None:
+            raise
         _checks.refuse_nonfinite(error, names)
 
 

@@ -39,13 +39,17 @@ class SoftmaxStats(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Part of a gallery: query [B, D], keys [N, D], the rows that count (None: all); scale*score + offset."""
+    """Part of a gallery: query [B, D], keys [N, D], the rows that count (None: all); scale*score + offset.
+
+    `items` int32 [N] says which item each row is of (-1: of none, the row is passed over); None: item = row.
+    """
 
     query: Tensor
     keys: Tensor
     rows: Tensor | None = None
     scale: float = 1.0
     offset: float = 0.0
+    items: Tensor | None = None
 
 
 def logits(query: Tensor, keys: Tensor, scale: float | Tensor = 1.0, bias: Tensor | None = None) -> Tensor:
@@ -162,15 +166,17 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """Best k scores and ids [B, k] over all segments; ties: smaller id first; missing: -inf and -1.
 
-    An id is a row number of its segment's keys; `key_labels` [N] is indexed by id, and keys with the query's
+    An id is an item's number, by default its row number in its segment's keys; `key_labels` [N] is indexed by id, and keys with the query's
     label are skipped, as is `exclude`.
     """
     found, numbers = [], []
     for number, part in enumerate(segments):
         refuse_nonfinite(part.query, part.keys, part.rows, number)
         rows = torch.arange(part.keys.shape[0], device=part.keys.device) if part.rows is None else part.rows
-        found.append(part.scale * scores(part.query, part.keys, metric)[:, rows] + part.offset)
-        numbers.append(rows)
+        score = part.scale * scores(part.query, part.keys, metric)[:, rows] + part.offset
+        ids = rows if part.items is None else part.items[rows].long()
+        found.append(score[:, ids >= 0])
+        numbers.append(ids[ids >= 0])
     ids, order = torch.cat(numbers).sort()
     score = torch.cat(found, 1)[:, order]  # [B, M], by ascending id
     if query_labels is not None and key_labels is not None:

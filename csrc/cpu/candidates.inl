@@ -57,14 +57,14 @@ struct TopkState {
   }
 
   void offer(int64_t q, float score, int32_t id) {
-    if (!wanted(q, id)) return;
+    if (id < 0 || !wanted(q, id)) return;
     add(q, score, id);
     if (item.found[q] == item.capacity) tighten(q);
   }
 };
 
 // Candidates whose scores are lower bounds, but for those before the first segment's; a candidate's score is at most
-// `spread[q]` above its bound.
+// `spread[q]` above its bound. Until its score is exact a candidate goes by its row, then by its id.
 struct Bounded {
   TopkState& state;
   Workspace& ws;
@@ -92,9 +92,10 @@ struct Bounded {
     spread[q] = 0;
   }
 
-  void offer(int64_t q, float low, float high, int32_t id) {
-    if (!state.wanted(q, id)) return;
-    state.add(q, low, id);
+  void offer(int64_t q, float low, float high, int32_t row) {
+    const int32_t id = state.item.segments[current].item(row);
+    if (id < 0 || !state.wanted(q, id)) return;
+    state.add(q, low, row);
     const float gap = high - low;
     if (!(gap <= spread[q])) spread[q] = gap == gap ? gap : kInf;
     if (state.item.found[q] < state.item.capacity) return;
@@ -132,13 +133,13 @@ struct Bounded {
     for (int64_t i = 0; i < smaller<int64_t>(n, W); ++i) prefetch_row(keys, ids[i]);
   }
 
-  // Scores candidates from .. to of a segment exactly.
+  // Scores candidates from .. to of a segment exactly; from here on they go by their ids.
   void score(const SearchSegment& s, int64_t q, int64_t from, int64_t to) {
     if (from == to) return;
     const TopkItem& item = state.item;
     const int64_t query = item.first_query + q;
     float* scores = item.scores + state.at(q);
-    const int32_t* ids = item.ids + state.at(q);
+    int32_t* ids = item.ids + state.at(q);
     float* line = ws.floats(kLine, s.query.dim);
     const float* x = floats_of(s.query, query, line);
     const Terms terms = query_terms(item.metric, s.query_factor[query]);
@@ -149,6 +150,8 @@ struct Bounded {
       exact_scores(s, item.metric, x, terms, ids + i, n, out, ws);
       std::memcpy(scores + i, out, static_cast<size_t>(n) * sizeof(float));
     }
+    if (s.items)
+      for (int64_t i = from; i < to; ++i) ids[i] = s.items[ids[i]];
   }
 
   // Scores every candidate exactly and keeps the best k.
@@ -188,7 +191,7 @@ struct Screening {
     screen_block<UNITS>(
         keys, most, products, n, queries, segment, threshold, [&](int row, int lane, float low, float high) {
           if (t * L + lane < state.item.n_queries && !(high <= threshold[lane]))  // it may have risen since
-            candidates.offer(t * L + lane, low, high, id_at(s, first + row));
+            candidates.offer(t * L + lane, low, high, static_cast<int32_t>(s.row(first + row)));
         });
   }
 };

@@ -65,7 +65,7 @@ struct Prepared {
 
   Prepared(const Segment& s, Metric metric, int number, int threads)
       : query_factor(factors({s.query, nullptr, 0, s.query.rows}, metric, "query", number, threads)),
-        segment{s.query, s.keys, s.rows, s.count, s.scale, s.offset, query_factor.data(), s.packed} {}
+        segment{s.query, s.keys, s.rows, s.count, s.scale, s.offset, query_factor.data(), s.packed, s.items} {}
 };
 
 void refuse_bad(const std::vector<int64_t>& bad) {
@@ -218,7 +218,7 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
   prepared.reserve(segments.size());
   for (const Segment& s : segments) {
     check_sizes(s);
-    check_rows("exclude", filter.exclude, B, s.keys.rows);
+    if (!s.items) check_rows("exclude", filter.exclude, B, s.keys.rows);
     prepared.emplace_back(s, metric, static_cast<int>(prepared.size()), threads);
     parts.push_back(prepared.back().segment);
   }
@@ -258,7 +258,8 @@ void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t ta
   const std::vector<float> used_factor = factors({s.keys, used.data(), 0, n_used}, metric, "keys", 0, threads);
   std::vector<float> key_factor(static_cast<size_t>(s.keys.rows));
   for (size_t n = 0; n < used.size(); ++n) key_factor[used[n]] = used_factor[n];
-  const SearchSegment segment{s.query, s.keys, nullptr, s.keys.rows, s.scale, s.offset, query_factor.data(), nullptr};
+  const SearchSegment segment{s.query, s.keys, nullptr, s.keys.rows, s.scale, s.offset, query_factor.data(),
+                              nullptr, nullptr};
   const int64_t block = block_of(B, 4 * s.query.dim);
   parallel_for((B + block - 1) / block, threads_for(threads, B, targets, s.query.dim), [&](int64_t n, Workspace& ws) {
     kernel.pair_scores(

@@ -1,0 +1,137 @@
+"""One search over what a view shows: a segment of the engine per part of a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _checks, _search
+from ..reference import Segment
+from .core import Core, View
+from .packed import PackedCache
+from .state import Generation, Part
+from .vectors import PART
+
+Array = np.ndarray[Any, Any]
+
+
+class Query:
+    """The queries of one model [B, D], and what the caller calls them."""
+
+    def __init__(self, name: str, values: Tensor) -> None:
+        self.name, self.values = name, values
+
+
+def topk(
+    core: Core,
+    view: View,
+    queries: Mapping[str, Query],
+    k: int,
+    metric: str,
+    *,
+    cache: PackedCache,
+    backend: str,
+    allowed: Array | None,
+    partial: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scores [B, k] and item numbers [B, k] of the best; -inf and -1 where there are fewer."""
+    first = next(iter(queries.values())).values
+    chosen: list[tuple[Query, Generation, Any, int, Part]] = []
+    left_out = 0
+    for g, vectors, parts in view.parts:
+        if allowed is not None:
+            parts = [Part(np.where(allowed[part.items], part.items, np.int32(-1))) for part in parts]
+        needed = [(number, part) for number, part in enumerate(parts) if part.alive]
+        query = queries.get(g.name)
+        count = sum(part.alive for _, part in needed)
+        if query is None:
+            if count and not partial:
+                raise ValueError(
+                    f"{_asked(queries, g.name)} must be given: got None, and {count} items need it"
+                )
+            left_out += count
+            continue
+        if vectors is not None:
+            empty = torch.empty(0, vectors.width, dtype=vectors.dtype, device=query.values.device)
+            _checks.pair(query.values, empty, (query.name, g.name))
+        if not needed:
+            continue
+        core.check(g)
+        chosen += [(query, g, vectors, number, part) for number, part in needed]
+    if left_out:
+        warnings.warn(
+            f"{left_out} of {view.state.alive} items count with models whose query was not given, and were not "
+            "searched",
+            stacklevel=4,
+        )
+    if not chosen:
+        shape = len(first), k
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        return first.new_full(shape, -torch.inf, dtype=dtype), first.new_full(shape, -1, dtype=torch.int64)
+    native = all([_checks.takes_native(backend, query.values) for query in queries.values()])
+    search, segments, packed, places = cache.begin(), [], [], []
+    for query, g, vectors, number, part in chosen:
+        keys = vectors.part(number, part.end)
+        _checks.same_device(query.name, query.values, g.name, keys)
+        copy = None
+        if native and not keys.is_cuda and allowed is None:
+            copy = cache.get(vectors, number, part, keys, metric, search)
+        if copy is not None:
+            rows = copy.rows
+            keys = vectors.part(number, copy.count)
+        else:
+            rows = None if part.alive == part.end else part.rows.to(keys.device)
+        items = torch.from_numpy(part.items[: len(keys)]).to(keys.device)
+        segments.append(Segment(query.values, keys, rows, g.scale, g.offset, items))
+        packed.append(torch.empty(0) if copy is None else copy.values)
+        places.append((query.name, g.name, number * PART))
+    try:
+        return _search.topk(segments, k, metric, native=native, names=None, packed=packed)
+    except _checks.NonFiniteError as error:
+        query_name, key_name, start = places[error.segment]
+        if error.side == "keys":
+            error.row += start
+        _checks.refuse_nonfinite(error, [(query_name, key_name)] * len(places))
+
+
+def _asked(queries: Mapping[str, Query], name: str) -> str:
+    """What the caller would have to give: one of a pair of arguments, or an entry of a mapping."""
+    if any(query.name.startswith("queries[") for query in queries.values()):
+        return f'`queries["{name}"]`'
+    given = next(iter(queries.values())).name
+    return "`query_new`" if given == "query_old" else "`query_old`"
+
+
+def mask(core: Core, view: View, allow: Any, exclude: Any) -> Array | None:
+    """Which items may be found, by number, with one entry more for -1 (False); None: all."""
+    if allow is None and exclude is None:
+        return None
+    allowed = np.zeros(view.state.used + 1, bool)
+    allowed[: view.state.used] = allow is None
+    for name, given, value in (("allow", allow, True), ("exclude", exclude, False)):
+        if given is None:
+            continue
+        its = (
+            given.dtype in (torch.bool, np.dtype(bool)) if isinstance(given, (Tensor, np.ndarray)) else False
+        )
+        if its:
+            chosen = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+            live = view.state.live_items()
+            if chosen.shape != live.shape:
+                raise ValueError(
+                    f"`{name}` as a mask must have one entry per item of the gallery, in the order of `ids`: "
+                    f"got shape {list(chosen.shape)} for {len(live)} items"
+                )
+            allowed[live[chosen]] = value
+        else:
+            from .ids import as_ids
+
+            items = view.state.find(as_ids(name, given, view.state.ids.kind))
+            allowed[items[items >= 0]] = value
+    allowed[-1] = False
+    return allowed
