@@ -53,48 +53,36 @@ def save(path: Path, core: Core, origin: Origin | None) -> Origin:
         raise ValueError("this gallery lives in a folder: `commit` it there, or write a `snapshot` elsewhere")
     path.mkdir(parents=True, exist_ok=True)
     with core.mutex:
-        if origin is not None and _same(path, origin):
+        found = _there(path)
+        if origin is not None and found is not None and found.get("store") == origin.folder.store.hex():
             with suppress(NewEpochError):  # StaleError is the point: another history
                 origin.folder.catch_up()
             _append(path, core)
         else:
-            with locked(path):
-                core.check_all()
-                before = _format_1_files(path)
-                _write(path, core, number=_next_epoch(path))
-                for file in before:
-                    with suppress(OSError):  # what stays behind is only in the way
-                        (path / file).unlink()
+            _replace(path, core)
         core.pending, core.keeps_changes = [], True
         return Origin(path, Folder(path, writable=False))
 
 
-def _same(path: Path, origin: Origin) -> bool:
-    """Whether the folder still holds the gallery that this one came from."""
-    try:
-        found = layout.read_manifest(path)
-    except (FileNotFoundError, DamagedError):
-        return False
-    return found.get("store") == origin.folder.store.hex()
+def _replace(path: Path, core: Core) -> None:
+    """Write all of the state, and let the files of what was there go."""
+    core.check_all()
+    with locked(path):
+        found = _there(path)
+        _write(path, core, number=0 if found is None else int(found.get("epoch", 0)) + 1)
+        for entry in (found or {}).get("arrays", {}).values():  # of format 1
+            name = str(entry["file"])
+            if name.endswith(".fastcompat.npy") and "/" not in name:
+                with suppress(OSError):  # what stays behind is only in the way
+                    (path / name).unlink()
 
 
-def _next_epoch(path: Path) -> int:
+def _there(path: Path) -> dict[str, Any] | None:
+    """The manifest of the gallery in this folder; only a missing one is none."""
     try:
-        return int(layout.read_manifest(path).get("epoch", 0)) + 1
+        return layout.read_manifest(path)
     except FileNotFoundError:
-        return 0
-    except ValueError:
-        return 1 + max((int(f.name.split("-")[1].split(".")[0]) for f in path.glob("head-*.fcg")), default=0)
-
-
-def _format_1_files(path: Path) -> list[str]:
-    """The files of a gallery of format 1 that is about to be replaced."""
-    try:
-        found = layout.read_manifest(path)
-    except (FileNotFoundError, ValueError):
-        return []
-    names = [entry["file"] for entry in found.get("arrays", {}).values()]
-    return [name for name in names if name.endswith(".fastcompat.npy") and "/" not in name]
+        return None
 
 
 def _append(path: Path, core: Core) -> None:

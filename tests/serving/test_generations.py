@@ -331,10 +331,10 @@ def test_the_model_is_known_again(tmp_path: Path) -> None:
         assert gallery.check(lambda ids: vectors("v2", ids), "v2") > 0.999
         assert gallery.check(lambda ids: torch.from_numpy(vectors("v1", ids)), "v1") > 0.999
         with pytest.raises(
-            ValueError, match="`encoder` is not the one that made the vectors of `v2`: item .* has cosine"
+            ValueError, match=r"`encoder` is not the one that made the vectors of `v2`: item .* has cosine"
         ):
             gallery.check(lambda ids: vectors("v2", ids, 1), "v2")
-        with pytest.raises(ValueError, match="`encoder` is not the one .* differs by 0.100 of its norm"):
+        with pytest.raises(ValueError, match=r"`encoder` is not the one .* differs by 0.100 of its norm"):
             gallery.check(lambda ids: vectors("v2", ids) * 1.1, "v2")
         with pytest.raises(ValueError, match="`encoder` must give vectors of `v2`: got shape"):
             gallery.check(lambda ids: vectors("v1", ids), "v2")
