@@ -1,4 +1,4 @@
-"""What the store costs: bytes written by commits, one update, searches of a mapped gallery, memory beyond memory.
+"""What the store costs: commits, one update, searches of a mapped gallery, memory.
 
 python bench/store.py commits DIR        # 1M x 128, a commit per 1,024 items: bytes written / vectors
 python bench/store.py update DIR         # one item among 1M, without the commit
@@ -126,7 +126,8 @@ def search(folder: Path) -> None:
         ratio = statistics.median(a / b for a, b in zip(ours, plain, strict=True))
         print(
             f"{queries} queries, {n} x {d}, cache_bytes={cache}: first {first:.2f} s, then "
-            f"{1e3 * statistics.median(ours):.1f} ms; topk {1e3 * statistics.median(plain):.1f} ms; ratio {ratio:.3f}"
+            f"{1e3 * statistics.median(ours):.1f} ms; topk {1e3 * statistics.median(plain):.1f} ms; "
+            f"ratio {ratio:.3f}"
         )
 
 

@@ -14,7 +14,7 @@ import typer
 
 import fastcompat as fc
 
-from . import _native, align_command, evaluate_command, selfcheck
+from . import _native, align_command, backfill_command, evaluate_command, selfcheck
 from ._output import OutputFolder
 from ._terminal import fail, print_report, print_table, refuse_missing_extra
 
@@ -111,6 +111,7 @@ def demo(
 
 app.command()(evaluate_command.evaluate)
 app.command()(align_command.align)
+app.add_typer(backfill_command.app, name="backfill")
 
 
 def _gpu(index: int) -> str:

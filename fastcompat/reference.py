@@ -166,8 +166,8 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """Best k scores and ids [B, k] over all segments; ties: smaller id first; missing: -inf and -1.
 
-    An id is an item's number, by default its row number in its segment's keys; `key_labels` [N] is indexed by id, and keys with the query's
-    label are skipped, as is `exclude`.
+    An id is an item's number, by default its row number in its segment's keys; `key_labels`
+    [N] is indexed by id, and keys with the query's label are skipped, as is `exclude`.
     """
     found, numbers = [], []
     for number, part in enumerate(segments):

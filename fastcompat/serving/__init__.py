@@ -1,4 +1,4 @@
-"""The gallery that is searched while it is re-embedded, in memory or in a folder that many processes share."""
+"""The gallery that is searched while it is re-embedded: in memory, or in a folder for many processes."""
 
 from .gallery import MixedGallery
 

@@ -97,6 +97,10 @@ class Core:
         assert self.folder is not None
         return self.folder
 
+    def folder_path(self) -> Path:
+        """Where the gallery lives."""
+        return self._folder().path
+
     def do(self, change: Change, items: Array) -> None:
         """A change of this gallery, visible at once."""
         changes.apply(self.state, change, items, self.attach)
@@ -143,7 +147,7 @@ class Core:
         return gid, self._memory[gid].put(values)
 
     def _reclaim(self, generation: Generation, gid: int) -> None:
-        """Copy what is still used of the vectors that came by updates; searches under way keep the old ones."""
+        """Copy what is still used of the vectors of updates; searches under way keep the old ones."""
         old = self._memory[gid]
         items = np.flatnonzero(generation.slot_of >= old.first)
         before = generation.slot_of[items].astype(np.int64)
@@ -191,7 +195,7 @@ class Core:
             self._reopen()
 
     def _reopen(self) -> None:
-        """Load the folder anew and do the uncommitted changes again, their vectors written into its new files."""
+        """Load the folder anew and do the uncommitted changes again, in its new files."""
         old, pending = self._folder(), self.pending
         values = [self._vectors_of(change) for change in pending]
         while True:
@@ -282,15 +286,15 @@ class Core:
                 return None
             if generation.count:
                 raise ConflictError(
-                    f"`{change.model}` cannot be retired any more: {generation.count} items count with it since "
-                    "another writer's commit; this change is dropped"
+                    f"`{change.model}` cannot be retired any more: {generation.count} items count with it "
+                    "since another writer's commit; this change is dropped"
                 )
             return none
         assert change.ids is not None
         if change.kind != "remove" and generation is None:
             raise ConflictError(
-                f"`{change.model}` was retired by another writer: {len(change.ids)} vectors or rollbacks of this "
-                "gallery are dropped"
+                f"`{change.model}` was retired by another writer: {len(change.ids)} vectors or rollbacks of "
+                "this gallery are dropped"
             )
         if change.gid is not None and generation is not None and generation.gid not in (None, change.gid):
             raise ConflictError(
@@ -302,8 +306,8 @@ class Core:
             if (items >= 0).any():
                 again = change.ids[items >= 0][0]
                 raise ConflictError(
-                    f"`ids`: item {shown(again)} was added by another writer; the {len(items)} items that this gallery "
-                    "added with it are dropped"
+                    f"`ids`: item {shown(again)} was added by another writer; the {len(items)} items that "
+                    "this gallery added with it are dropped"
                 )
             return none
         there = items >= 0  # removed by another writer is removed

@@ -1,4 +1,4 @@
-"""An epoch of a folder: written whole by `create`, `save`, `snapshot` and `compact`, read when it is opened."""
+"""An epoch of a folder: written whole by `create`, `save`, `snapshot` and `compact`, read at opening."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def write(
         generations = []
         for g in state.generations:
             about: dict[str, Any] = {
-                "name": g.name, "serial": g.serial, "metadata": g.metadata, "scale": g.scale, "offset": g.offset,
-                "gid": None, "canaries": [],
+                "name": g.name, "serial": g.serial, "metadata": g.metadata, "scale": g.scale,
+                "offset": g.offset, "gid": None, "canaries": [],
             }  # fmt: skip
             generations.append(about)
             if g.vectors is None:
@@ -88,15 +88,15 @@ def write(
         base = layout.write_base(path / files["base"], arrays)
         start = layout.genesis(store, epoch)
         layout.write_file(path / files["journal"], start)
-        slot = layout.head_slot(Head(1, epoch, len(start), start[-16:]))
-        layout.write_file(path / files["head"], slot.ljust(layout.HEAD_PLACES[1], b"\0") + slot)
+        head = layout.head_slot(Head(1, epoch, len(start), start[-16:]))
+        layout.write_file(path / files["head"], head.ljust(layout.HEAD_PLACES[1], b"\0") + head)
         layout.sync_folder(path)
         manifest = {
             "format": layout.FORMAT, "version": layout.VERSION, "store": store.hex(), "epoch": epoch,
             "ancestors": list(ancestors), "ids": state.ids.kind, "plain": len(live) if plain else None,
             "items": len(live), "generations": generations, "next_gid": state.next_serial,
-            "next_serial": state.next_serial, "base": base, "head": files["head"], "journal": files["journal"],
-            **values,
+            "next_serial": state.next_serial, "base": base, "head": files["head"],
+            "journal": files["journal"], **values,
         }  # fmt: skip
         layout.write_manifest(path, manifest)
     except BaseException:

@@ -27,7 +27,7 @@ class StaleError(ValueError):
 
 
 class Folder:
-    """Journal and files of one epoch. `end` is how far this process has read; `queue` what it has not applied."""
+    """Journal and files of one epoch. `end`: how far this process has read; `queue`: not applied yet."""
 
     def __init__(self, path: Path, *, writable: bool) -> None:
         self.path, self.writable = path, writable
@@ -137,7 +137,7 @@ class Folder:
         raise self._stale()
 
     def _leads_to(self, length: int, last: bytes) -> bool:
-        """Whether the old journal goes on from here to this digest: then the new epoch holds what was seen."""
+        """Whether the old journal goes on from here to this digest: the new epoch holds what was seen."""
         at, number, before = self.end, self.number, self.last
         while at < length:
             record = layout.decode(self.journal, at, length, number, before)
@@ -158,8 +158,8 @@ class Folder:
 
     def _stale(self) -> StaleError:
         return StaleError(
-            f"`path`: the folder `{self.path}` was replaced or put back from a backup since this gallery opened "
-            "it; open it again, and apply the changes that are not in it once more"
+            f"`path`: the folder `{self.path}` was replaced or put back from a backup since this gallery "
+            "opened it; open it again, and apply the changes that are not in it once more"
         )
 
     def _read_on(self) -> None:

@@ -219,6 +219,11 @@ class MixedGallery:
         return [g.name for g in self._open().state.generations]
 
     @property
+    def metric(self) -> str:
+        """ "cosine", "ip" or "l2"."""
+        return str(self._open().settings["metric"])
+
+    @property
     def ids(self) -> np.ndarray[Any, Any]:
         """The items' ids, in the order in which they were added."""
         state = self._open().state
@@ -444,8 +449,8 @@ class MixedGallery:
             if model is not None and model != newest.name:
                 self._generation("model", model)
                 raise ValueError(
-                    f"`model` must be the newest model `{newest.name}`: got {model!r}; `replace` and `add` take "
-                    "vectors of older ones"
+                    f"`model` must be the newest model `{newest.name}`: got {model!r}; `replace` and `add` "
+                    "take vectors of older ones"
                 )
             self._put("put", ids, vectors, newest)
 
@@ -485,7 +490,7 @@ class MixedGallery:
             core.do(Change("remove", ids=wanted), self._known("ids", wanted))
 
     def rollback(self, ids: Any, to: str) -> None:
-        """The items count with their vectors of this model again; newer ones are dropped until a later update.
+        """The items count with this model again, until a later update; their newer vectors are dropped.
 
         Raises:
             ValueError, TypeError: an unknown id or model; an item without a vector of that model.
@@ -502,7 +507,7 @@ class MixedGallery:
             core.do(Change("rollback", to, ids=wanted), items)
 
     def retire(self, model: str) -> None:
-        """A model that nothing counts with is gone, with its vectors; the one before the newest may follow it.
+        """A model that nothing counts with is gone with its vectors, the newest one as well.
 
         Raises:
             ValueError: items count with it; the only model.
@@ -638,7 +643,7 @@ class MixedGallery:
         self._open().refresh()
 
     def compact(self) -> None:
-        """Commit, and write what counts into new files: removed items, their samples and old vectors are erased.
+        """Commit, and write what counts into new files: removed items and old vectors are erased.
 
         Readers keep the files that they have open until their next search.
         """
@@ -706,7 +711,7 @@ class MixedGallery:
         return gallery
 
     def verify(self) -> list[str]:
-        """What is damaged in the folder, by name; [] = sound. Reads every byte; in memory there is nothing to check."""
+        """What is damaged in the folder, by name; [] = sound. Reads every byte that counts."""
         core = self._open()
         folder = core.folder.path if core.folder is not None else self._origin.path if self._origin else None
         return [] if folder is None else saving.damages(folder)
@@ -738,7 +743,8 @@ class MixedGallery:
         fresh = _checks.as_tensor("encoder(ids)", encoder(names)).detach().double().cpu()
         if fresh.shape != stored.shape:
             raise ValueError(
-                f"`encoder` must give vectors of `{model}`: got shape {list(fresh.shape)} and not {list(stored.shape)}"
+                f"`encoder` must give vectors of `{model}`: got shape {list(fresh.shape)} "
+                f"and not {list(stored.shape)}"
             )
         cosine = torch.nn.functional.cosine_similarity(stored, fresh)
         cosine = torch.where((stored == 0).all(1) & (fresh == 0).all(1), 1.0, cosine)
@@ -746,14 +752,15 @@ class MixedGallery:
         worst = int(cosine.argmin())
         if not float(cosine[worst]) >= 0.999:
             raise ValueError(
-                f"`encoder` is not the one that made the vectors of `{model}`: item {shown(names[worst])} has cosine "
-                f"{float(cosine[worst]):.4f} with its stored vector (at least 0.999 expected)"
+                f"`encoder` is not the one that made the vectors of `{model}`: item "
+                f"{shown(names[worst])} has cosine {float(cosine[worst]):.4f} "
+                "with its stored vector (at least 0.999 expected)"
             )
         if core.settings["metric"] != "cosine" and float(moved.max()) > 0.045:
             worst = int(moved.argmax())
             raise ValueError(
-                f"`encoder` is not the one that made the vectors of `{model}`: item {shown(names[worst])} differs by "
-                f"{float(moved[worst]):.3f} of its norm (at most 0.045 expected)"
+                f"`encoder` is not the one that made the vectors of `{model}`: item {shown(names[worst])} "
+                f"differs by {float(moved[worst]):.3f} of its norm (at most 0.045 expected)"
             )
         return float(cosine[worst])
 
@@ -834,7 +841,9 @@ def _warn_of_zeros(name: str, core: Core) -> None:
         return
     vectors = core.state.generations[0].vectors
     assert isinstance(vectors, MemoryVectors)
-    zeros = sum(int((block == 0).all(1).sum()) for block in vectors.base_rows().split(65536))
+    rows, step = vectors.base_rows(), 65536
+    blocks = (rows[first : first + step] for first in range(0, len(rows), step))
+    zeros = sum((int((block == 0).all(1).sum()) for block in blocks), 0)
     if zeros:
         warnings.warn(
             f"{zeros} of {vectors.count} rows of `{name}` are zero: their cosine is 0 with everything",

@@ -22,8 +22,8 @@ Lance          1.05 (three files a batch)  -                 other vectors, with
 zarr           195 (whole chunks)          -                 no transactions, no lock
 =============  ==========================  ================  =========================================
 
-None of them gives mapped float rows that kernels read in place, a checksum per row, or the refusal of a writer
-whose folder was put back from a backup; those would be ours beside each of them.
+None of them gives mapped float rows that kernels read in place, a checksum per row, or the refusal of a
+writer whose folder was put back from a backup; those would be ours beside each of them.
 """
 
 from __future__ import annotations

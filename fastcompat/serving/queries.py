@@ -65,8 +65,8 @@ def topk(
         chosen += [(query, g, vectors, number, part) for number, part in needed]
     if left_out:
         warnings.warn(
-            f"{left_out} of {view.state.alive} items count with models whose query was not given, and were not "
-            "searched",
+            f"{left_out} of {view.state.alive} items count with models whose query was not given, and were "
+            "not searched",
             stacklevel=4,
         )
     if not chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +43,8 @@ def _write(path: Path, core: Core, number: int) -> None:
     except epoch.NonFiniteRowError as error:
         name = core.state.ids.at(np.array([error.item]))[0]
         raise ValueError(
-            f"`{error.model}` must be finite: row {error.item} (item {shown(name)}) holds NaN or inf; repair or remove "
-            "that row first"
+            f"`{error.model}` must be finite: row {error.item} (item {shown(name)}) holds NaN or inf; repair "
+            "or remove that row first"
         ) from None
 
 
@@ -108,6 +109,12 @@ def _again(core: Core, other: Core, change: Change) -> None:
         ids, slots = change.ids[now], change.slots[now]
         there = other.state.find(ids) >= 0
         keep = ~there if change.kind == "add" else there
+        if change.kind == "add" and there.any():
+            warnings.warn(
+                f"{int(there.sum())} items were added to `{other.folder_path()}` by another writer: "
+                "theirs stay there",
+                stacklevel=5,
+            )
         ids, slots = ids[keep], slots[keep]
         vectors = core.attach(change.gid if change.gid is not None else -1)
         for some in chunks(len(ids), vectors.bytes):
@@ -116,12 +123,12 @@ def _again(core: Core, other: Core, change: Change) -> None:
             items = other.state.find(ids[some]) if change.kind != "add" else np.empty(0, np.int64)
             other.do(part, items)
         return
-    items = other.resolve(copy)
-    if items is not None:
+    left = other.resolve(copy)
+    if left is not None:
         if change.kind == "retire":
             generation = other.state.generation(change.model)
             copy.gid = None if generation is None else generation.gid
-        other.do(copy, items)
+        other.do(copy, left)
 
 
 def load(path: Path, device: torch.device) -> tuple[Core, Origin]:
@@ -175,12 +182,12 @@ def dump(core: Core) -> dict[str, Any]:
         core.check_all()
         state = core.state
         live = state.live_items()
-        models = []
+        models: list[tuple[Any, ...]] = []
         for g in state.generations:
             slots = g.slots(live)
             has = slots >= 0
-            values = None if g.vectors is None else g.vectors.read(slots[has])
-            models.append((g.name, g.serial, g.metadata, g.scale, g.offset, has, values))
+            kept = None if g.vectors is None else g.vectors.read(slots[has])
+            models.append((g.name, g.serial, g.metadata, g.scale, g.offset, has, kept))
         names = state.ids.at(live)
         return {
             "settings": core.settings, "kind": state.ids.kind, "ids": names, "level": state.level[live],

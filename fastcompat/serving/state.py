@@ -25,7 +25,7 @@ CANARIES = 32
 
 
 class Part:
-    """Which item counts with each slot of a part: int32 [PART], -1 for none. Never changed once it is seen."""
+    """Which item counts with each slot of a part: int32 [PART], -1: none. Never changed once seen."""
 
     def __init__(self, items: Array) -> None:
         self.items = items
@@ -51,7 +51,7 @@ class Part:
 
 
 class Generation:
-    """The vectors of one model: `slot_of` item -> slot (-1: it has none), `parts` slot -> item that counts."""
+    """The vectors of one model: `slot_of` item -> slot (-1: none), `parts` slot -> item that counts."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class State:
         return items
 
     def set(self, items: Array, levels: Array | int, slots: Mapping[int, Array | int]) -> Undo:
-        """These items count with these levels from now on, with these slots in these generations (by serial)."""
+        """From now on these items have these levels, and these slots in these generations (by serial)."""
         before = self.level[items].copy()
         touched = [g for g in self.generations if g.serial in slots]
         kept = {g.serial: g.slots(items) for g in touched}

@@ -1,7 +1,7 @@
 """Kill writers at random and look at what they leave: `python kills.py FOLDER KILLS SEED`.
 
-Four processes change one gallery, each its own items: batch n of a writer is the same whoever does it again. A
-killed writer's items must be as after the last batch that was committed, or as after the one under way, whole.
+Four processes change one gallery, each its own items: batch n of a writer is the same whoever does it again.
+A killed writer's items must be as after the last batch that was committed, or after the one under way, whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Damaged folders: what was committed, or a refusal that names the file; never something else, and nothing deleted."""
+"""Damaged folders: what was committed, or a refusal that names the file; never something else."""
 
 from __future__ import annotations
 

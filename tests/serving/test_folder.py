@@ -346,7 +346,7 @@ FAULTS = [
 def test_a_failing_system_call_leaves_the_store_as_it_was(
     act: str, call: str, code: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first such call fails, then the second, ...: an error with its reason, or done; nothing in between."""
+    """The first such call fails, then the second, ...: an error with its reason, or done."""
     truth = model()
     for step in range(60):
         writer = opened(path) if act != "save" else fc.MixedGallery.load(path)
@@ -369,9 +369,7 @@ def test_a_failing_system_call_leaves_the_store_as_it_was(
                     fc.MixedGallery.open(path, writable=True).close()
                 else:
                     update(writer, after, [step % N], turn=step)
-                    {"commit": writer.commit, "compact": writer.compact, "save": lambda: writer.save(path)}[
-                        act
-                    ]()
+                    getattr(writer, act)(*[path] * (act == "save"))
             except (OSError, ValueError) as found:
                 error = found
                 assert os.strerror(code) in str(found) or isinstance(found, layout.DamagedError)
@@ -409,7 +407,7 @@ def test_a_manifest_that_cannot_be_read_deletes_nothing(path: Path, monkeypatch:
 
 
 def test_searching_threads_and_a_reader_process_see_committed_states(path: Path, seconds: float = 3) -> None:
-    """A continuous updater, threads that search its gallery, and another process: each answer is of one state."""
+    """A continuous updater, threads that search its gallery, another process: each answer is of one state."""
     script = Path(__file__).with_name("watch.py")
     asked = {m: queries()[m] for m in ("v1", "v2")}
     environment = os.environ | {

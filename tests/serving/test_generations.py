@@ -1,4 +1,4 @@
-"""A living gallery of several models: always what a dictionary of vectors would say, in memory and in a folder."""
+"""A living gallery of several models: always what a dictionary of vectors would say."""
 
 from __future__ import annotations
 
@@ -247,21 +247,65 @@ NAN = vectors("v2", [0]) * np.nan
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda g: g.update([0], vectors("v2", [0]), model="v1"), ValueError, "`model` must be the newest model `v2`"),
-        (lambda g: g.update([0], vectors("v2", [0]), model="v9"), ValueError, '`model` must be a model of this gallery ("v1", "v2"): got \'v9\''),
-        (lambda g: g.update([0], vectors("v1", [0])), ValueError, "`v2` must have as many columns as `vectors`: got 9 and 6"),
-        (lambda g: g.update([0], vectors("v2", [0]).astype(np.float16)), TypeError, "`v2` must have the dtype of `vectors`"),
+        (
+            lambda g: g.update([0], vectors("v2", [0]), model="v1"),
+            ValueError,
+            "`model` must be the newest model `v2`",
+        ),
+        (
+            lambda g: g.update([0], vectors("v2", [0]), model="v9"),
+            ValueError,
+            '`model` must be a model of this gallery ("v1", "v2"): got \'v9\'',
+        ),
+        (
+            lambda g: g.update([0], vectors("v1", [0])),
+            ValueError,
+            "`v2` must have as many columns as `vectors`: got 9 and 6",
+        ),
+        (
+            lambda g: g.update([0], vectors("v2", [0]).astype(np.float16)),
+            TypeError,
+            "`v2` must have the dtype of `vectors`",
+        ),
         (lambda g: g.update([0], NAN), ValueError, "`vectors` must be finite: row 0 holds NaN or inf"),
-        (lambda g: g.update([77], vectors("v2", [0])), ValueError, "`ids` must name items of this gallery: it holds no item 77"),
-        (lambda g: g.update([1, 1], vectors("v2", [0, 1])), ValueError, "`ids` must name each item once: got 1 twice"),
+        (
+            lambda g: g.update([77], vectors("v2", [0])),
+            ValueError,
+            "`ids` must name items of this gallery: it holds no item 77",
+        ),
+        (
+            lambda g: g.update([1, 1], vectors("v2", [0, 1])),
+            ValueError,
+            "`ids` must name each item once: got 1 twice",
+        ),
         (lambda g: g.update(["a"], vectors("v2", [0])), TypeError, "`ids` must be int64: got str"),
-        (lambda g: g.update([0.5], vectors("v2", [0])), TypeError, "`ids` must be int64: got a float among them"),
-        (lambda g: g.update(3, vectors("v2", [0])), TypeError, "`ids` must be an array or a list of ids: got int"),
-        (lambda g: g.add([1], vectors("v2", [0])), ValueError, "`ids` must be new: the gallery holds item 1"),
+        (
+            lambda g: g.update([0.5], vectors("v2", [0])),
+            TypeError,
+            "`ids` must be int64: got a float among them",
+        ),
+        (
+            lambda g: g.update(3, vectors("v2", [0])),
+            TypeError,
+            "`ids` must be an array or a list of ids: got int",
+        ),
+        (
+            lambda g: g.add([1], vectors("v2", [0])),
+            ValueError,
+            "`ids` must be new: the gallery holds item 1",
+        ),
         (lambda g: g.add([-1], vectors("v2", [0])), ValueError, "`ids` must not hold -1"),
-        (lambda g: g.add([50, 50], vectors("v2", [0, 1])), ValueError, "`ids` must name each item once: got 50 twice"),
+        (
+            lambda g: g.add([50, 50], vectors("v2", [0, 1])),
+            ValueError,
+            "`ids` must name each item once: got 50 twice",
+        ),
         (lambda g: g.add([50], NAN), ValueError, "`vectors` must be finite"),
-        (lambda g: g.remove([50]), ValueError, "`ids` must name items of this gallery: it holds no item 50"),
+        (
+            lambda g: g.remove([50]),
+            ValueError,
+            "`ids` must name items of this gallery: it holds no item 50",
+        ),
         (lambda g: g.replace([50], vectors("v2", [0])), ValueError, "it holds no item 50"),
         (lambda g: g.rollback([0], "v9"), ValueError, "`to` must be a model of this gallery"),
         (lambda g: g.rollback([5], "v2"), ValueError, "`ids`: item 5 has no vector of `v2` to go back to"),
@@ -274,8 +318,16 @@ NAN = vectors("v2", [0]) * np.nan
         (lambda g: g.search({}, 3), ValueError, '`queries` must hold queries for "v1", "v2": got none'),
         (lambda g: g.search({"v3": NAN}, 3), ValueError, "`queries` must be a model of this gallery"),
         (lambda g: g.search(queries(), 0), ValueError, "`queries` must be a model"),
-        (lambda g: g.search(queries()["v1"], queries()["v2"], 3, allow=np.ones(8, bool)), ValueError, "`allow` as a mask must have one entry per item"),
-        (lambda g: g.search(queries()["v1"], queries()["v2"], 3, exclude=["a"]), TypeError, "`exclude` must be int64: got str"),
+        (
+            lambda g: g.search(queries()["v1"], queries()["v2"], 3, allow=np.ones(8, bool)),
+            ValueError,
+            "`allow` as a mask must have one entry per item",
+        ),
+        (
+            lambda g: g.search(queries()["v1"], queries()["v2"], 3, exclude=["a"]),
+            TypeError,
+            "`exclude` must be int64: got str",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_refused_changes_nothing(call: Any, error: type[Exception], message: str) -> None:

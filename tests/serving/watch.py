@@ -1,4 +1,4 @@
-"""A reader in a process of its own: prints each answer that differs from the one before, until told to stop."""
+"""A reader in a process of its own: prints each answer unlike the one before, until told to stop."""
 
 import sys
 from pathlib import Path
