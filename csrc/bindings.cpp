@@ -175,11 +175,15 @@ PYBIND11_MODULE(_C, m) {
 
   static PyObject* non_finite = PyErr_NewException("fastcompat._C.NonFinite", PyExc_ValueError, nullptr);
   m.attr("NonFinite") = py::handle(non_finite);
+  static PyObject* overflow = PyErr_NewException("fastcompat._C.Overflow", PyExc_ValueError, nullptr);
+  m.attr("Overflow") = py::handle(overflow);
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
     } catch (const NonFinite& e) {
       PyErr_SetObject(non_finite, py::make_tuple(e.side, e.segment, e.row).ptr());
+    } catch (const Overflow& e) {
+      PyErr_SetObject(overflow, py::make_tuple(e.query).ptr());
     }
   });
 
@@ -201,9 +205,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd", &simd);
   m.def("set_simd", &set_simd);
 
-  m.def("packed_size", [](const SegmentTuple& t) {
+  m.def("packed_size", [](const SegmentTuple& t, int metric) {
     const Segment segment = segment_of(t, 0);
-    return packed_size(segment.keys, segment.count);
+    return packed_size(segment.keys, segment.count, static_cast<Metric>(metric));
   });
   m.def(
       "pack",

@@ -75,8 +75,8 @@ struct TopkFilter {
   const int64_t* exclude;       // [B] or null
 };
 
-// Numbers that pack() writes; 0 where the instruction set keeps no packed form of such keys.
-int64_t packed_size(const Matrix& keys, int64_t count);
+// Numbers that pack() writes; 0 where a packed form of such keys would be of no use.
+int64_t packed_size(const Matrix& keys, int64_t count, Metric metric);
 
 // A copy of a segment's keys as topk wants them: searches that bring it need not convert the keys again.
 void pack(const Segment& segment, Metric metric, float* out, int threads);
@@ -99,6 +99,12 @@ struct NonFinite : std::runtime_error {
   const char* side;
   int segment;
   int64_t row;
+};
+
+// A score among the best k is beyond float32, so their order is not known.
+struct Overflow : std::runtime_error {
+  explicit Overflow(int64_t query) : std::runtime_error("score beyond float32"), query(query) {}
+  int64_t query;
 };
 
 std::vector<std::string> simd_built();

@@ -15,6 +15,7 @@ from . import _native
 from ._native import DTYPES as NATIVE_DTYPES
 from ._native import METRICS as METRICS
 from ._native import NonFiniteError as NonFiniteError
+from ._native import ScoreOverflowError as ScoreOverflowError
 
 DTYPES = (*NATIVE_DTYPES, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -26,6 +27,14 @@ def refuse_nonfinite(error: NonFiniteError, names: Sequence[tuple[str, str]]) ->
     name = names[error.segment][0 if error.side == "query" else 1]
     raise ValueError(
         f"`{name}` must be finite: row {error.row} holds NaN or inf; repair or remove that row first"
+    ) from None
+
+
+def refuse_overflow(row: int, name: str) -> NoReturn:
+    """Raise under the name the caller gave to the queries: this row has scores that no number holds."""
+    raise ValueError(
+        f"`{name}` must have scores that float32 holds (below 3.4e38): row {row} has larger ones, whose "
+        'order is not known; multiply all vectors by a small constant, or use metric="cosine"'
     ) from None
 
 

@@ -34,6 +34,14 @@ class NonFiniteError(ValueError):
         self.side, self.segment, self.row = side, segment, row
 
 
+class ScoreOverflowError(ValueError):
+    """Scores of a query's best keys are beyond float32: `row` is the row of the query."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"scores of query {row} are beyond float32")
+        self.row = row
+
+
 def simd_levels() -> list[str]:
     """Instruction sets that are built in and usable on this machine, slowest first."""
     return list(_C.simd_levels())
@@ -110,6 +118,8 @@ class _Call:
             getattr(_C, kernel)(*arguments, torch.get_num_threads())
         except _C.NonFinite as error:
             raise NonFiniteError(*error.args) from None
+        except _C.Overflow as error:
+            raise ScoreOverflowError(*error.args) from None
 
     def launch(self) -> Any:
         stream = torch.cuda.current_stream(self.device).cuda_stream
@@ -126,6 +136,13 @@ class _Call:
             code = int(self.memory[:8].view(torch.int64)) % 2**64
             if code != 2**64 - 1:
                 raise NonFiniteError(*_C.cuda.nonfinite(code))
+
+    def refuse_overflow(self, scores: Tensor) -> None:
+        """Report infinite scores among the best that a search on a GPU found (the CPU's engine does so)."""
+        if self.gpu and not torch.cuda.is_current_stream_capturing():
+            beyond = (scores == torch.inf).any(1).nonzero()
+            if len(beyond):
+                raise ScoreOverflowError(int(beyond[0]))
 
     def flat(self, x: Tensor | None) -> int:
         if x is None:
@@ -182,6 +199,9 @@ class _Call:
         packed: int = 0,
         items: Tensor | None = None,
     ) -> tuple[Any, ...]:
+        if query.shape[1] == 0:  # a column of zeros scores the same
+            query, keys = (x.new_zeros(len(x), 1) for x in (query, keys))
+            self.kept += [query, keys]
         query, keys = self.rows(query), self.rows(keys)
         return (
             query.data_ptr(),
@@ -204,7 +224,7 @@ def pack(keys: Tensor, rows: Tensor | None, metric: str) -> Tensor:
     """The keys (these rows) as `topk` wants them on this instruction set; empty where it wants none."""
     call = _Call(keys)
     segment = call.segment(keys[:0], keys, rows)
-    kept = torch.empty(0 if call.gpu else _C.packed_size(segment))
+    kept = torch.empty(0 if call.gpu else _C.packed_size(segment, METRICS.index(metric)))
     if kept.numel():
         call.run("pack", segment, METRICS.index(metric), kept.data_ptr())
     return kept
@@ -326,6 +346,7 @@ def topk(
     )
     if report:
         call.refuse_nonfinite()
+        call.refuse_overflow(scores)
     return scores, ids
 
 

@@ -48,6 +48,12 @@ class Space:
     def _refuse(self, side: str, row: int) -> NoReturn:
         _checks.refuse_nonfinite(_checks.NonFiniteError(side, 0, row), [self.names])
 
+    def _refuse_overflow(self, q: Tensor, scores: Tensor, ids: Tensor) -> None:
+        try:
+            reference.refuse_overflow(scores.isinf() & (ids >= 0))
+        except _checks.ScoreOverflowError as error:
+            _checks.refuse_overflow(int(q[error.row]), self.names[0])
+
     def pair_scores(self, q: Tensor, ids: Tensor) -> Tensor:
         """Scores [B, P] of the gallery items `ids` for the queries `q` (native)."""
         try:
@@ -55,6 +61,7 @@ class Space:
         except _checks.NonFiniteError:
             self._refuse_gallery()
             raise
+        self._refuse_overflow(q, found, ids)
         return found
 
     def count_beats(
@@ -77,14 +84,16 @@ class Space:
             raise
         return counts
 
-    def scores(self, q: Tensor) -> Tensor:
-        """All scores [B, N] of the queries `q` (reference)."""
-        return reference.scores(self.query[q], self.gallery, self.metric)
+    def scores(self, q: Tensor, ids: Tensor) -> Tensor:
+        """All scores [B, N] of the queries `q`, among which the items `ids` are ranked (reference)."""
+        scores = reference.scores(self.query[q], self.gallery, self.metric)
+        self._refuse_overflow(q, scores.gather(1, ids.clamp(min=0)), ids)
+        return scores
 
     def ranks(self, q: Tensor, ids: Tensor, exclude: Tensor | None) -> Tensor:
         """Rank [B, P] of the items `ids` in the whole gallery; -1 where the id is -1."""
         if not self.native:
-            return full_sort_ranks(self.scores(q), ids, exclude)
+            return full_sort_ranks(self.scores(q, ids), ids, exclude)
         everything = torch.tensor([0, len(self.gallery)], device=ids.device)
         beaten_by = self.count_beats(q, None, everything, self.pair_scores(q, ids), ids, exclude)
         return beaten_by[..., 0].masked_fill(ids < 0, -1)

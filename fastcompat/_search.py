@@ -54,6 +54,10 @@ def topk(
         if names is None:
             raise
         _checks.refuse_nonfinite(error, names)
+    except _checks.ScoreOverflowError as error:
+        if names is None:
+            raise
+        _checks.refuse_overflow(error.row, names[0][0])
 
 
 def pack(segment: Segment, metric: str, names: tuple[str, str]) -> Tensor:
@@ -76,9 +80,13 @@ def pair_scores(
     """Score of the pairs (i, ids[i, p]) (`reference.pair_scores`)."""
     kernel = _kernel("pair_scores", native)
     try:
-        return kernel(query.detach(), keys.detach(), ids, metric)
+        found = kernel(query.detach(), keys.detach(), ids, metric)
+        reference.refuse_overflow(found.isinf() & (ids >= 0))
+        return found
     except _checks.NonFiniteError as error:
         _checks.refuse_nonfinite(error, names)
+    except _checks.ScoreOverflowError as error:
+        _checks.refuse_overflow(error.row, names[0][0])
 
 
 def count_beats(

@@ -238,7 +238,7 @@ class _MixedSpace:
     def _ranks_state_by_state(
         self, q: Tensor, ids: Tensor, exclude: Tensor | None, order: Tensor, turn: Tensor, cuts: Tensor
     ) -> Tensor:
-        old, new = self.old.scores(q), self.new.scores(q)  # [B, N]
+        old, new = self.old.scores(q, ids), self.new.scores(q, ids)  # [B, N]
         states = [full_sort_ranks(torch.where(turn < cut, new, old), ids, exclude) for cut in cuts]
         return torch.stack(states, 1)
 

@@ -6,7 +6,7 @@ all B x N logits at once. `backend="reference"` selects it in every public funct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,22 +126,35 @@ def scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
     """Score of every pair [B, N]: "cosine" (0 for a zero vector), "ip", "l2" (minus the squared distance).
 
     Computed in float64 and rounded to float32 once (kept for float64 inputs), so equal pairs get equal
-    scores.
+    scores. "l2" is the sum of squared differences: it keeps the distance of vectors far from the origin.
     """
     q, k = query.detach().double(), keys.detach().double()
-    if query.dtype == torch.float64:
+    if metric == "cosine":
+        q, k = _lifted(q), _lifted(k)
+    if metric == "l2":
+        s = _by_rows(lambda row: -(row - k).square().sum(1), q, len(k))
+    elif query.dtype == torch.float64:
         # A matrix product may add the same pair differently at its edges; a row-wise sum never does.
-        rows = [(row * k).sum(1) for row in q]
-        s = torch.stack(rows) if rows else q.new_empty(0, k.shape[0])
+        s = _by_rows(lambda row: (row * k).sum(1), q, len(k))
     else:
         s = q @ k.T
-    q_square, k_square = (q * q).sum(1), (k * k).sum(1)
     if metric == "cosine":
-        q_inverse, k_inverse = (torch.where(x > 0, x.rsqrt(), 0.0) for x in (q_square, k_square))
+        square = ((x * x).sum(1) for x in (q, k))
+        q_inverse, k_inverse = (torch.where(x > 0, x.rsqrt(), 0.0) for x in square)
         s = s * q_inverse[:, None] * k_inverse
-    elif metric == "l2":
-        s = (2 * s - q_square[:, None] - k_square).clamp(max=0)  # rounding can pass 0
     return s if query.dtype == torch.float64 else s.float()
+
+
+def _by_rows(score: Callable[[Tensor], Tensor], query: Tensor, keys: int) -> Tensor:
+    return torch.stack([score(row) for row in query]) if len(query) else query.new_empty(0, keys)
+
+
+def _lifted(x: Tensor) -> Tensor:
+    """Rows multiplied by powers of two that bring their largest numbers near 1: no square is out of range."""
+    if x.shape[1] == 0:
+        return x
+    exponent = torch.frexp(x.abs().amax(1, keepdim=True)).exponent
+    return torch.ldexp(torch.ldexp(x, -exponent // 2), -exponent - (-exponent // 2))
 
 
 def refuse_nonfinite(query: Tensor, keys: Tensor, rows: Tensor | None = None, segment: int = 0) -> None:
@@ -154,6 +167,12 @@ def refuse_nonfinite(query: Tensor, keys: Tensor, rows: Tensor | None = None, se
         bad = ~value.detach()[read].isfinite().all(1)
         if bad.any():
             raise _checks.NonFiniteError(side, segment, int(read[bad][0]))
+
+
+def refuse_overflow(beyond: Tensor) -> None:
+    """Raise ScoreOverflowError for the first query with a score [B, ...] that is beyond the numbers."""
+    if _checks.eager() and beyond.any():
+        raise _checks.ScoreOverflowError(int(beyond.flatten(1).any(1).nonzero()[0]))
 
 
 def topk(
@@ -179,11 +198,16 @@ def topk(
         numbers.append(ids[ids >= 0])
     ids, order = torch.cat(numbers).sort()
     score = torch.cat(found, 1)[:, order]  # [B, M], by ascending id
+    left_out = torch.zeros_like(score, dtype=torch.bool)
     if query_labels is not None and key_labels is not None:
-        score = score.masked_fill(same_label(query_labels, key_labels[ids]), -torch.inf)
+        left_out |= same_label(query_labels, key_labels[ids])
     if exclude is not None:
         _checks.in_range("exclude", exclude, segments[0].keys.shape[0])
-        score = score.masked_fill(ids == exclude[:, None], -torch.inf)
+        left_out |= ids == exclude[:, None]
+    beyond = score.isinf() & ~left_out
+    score = score.masked_fill(left_out, -torch.inf)
+    lost = beyond & ((score > 0) | (score.isfinite().sum(1, keepdim=True) < k))
+    refuse_overflow(lost)
     best, place = score.sort(dim=1, descending=True, stable=True)
     best, best_ids = best[:, :k], ids[place[:, :k]]
     missing = (0, max(0, k - best.shape[1]))

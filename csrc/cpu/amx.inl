@@ -70,10 +70,16 @@ void score_block<Amx>(const float* block, int n, const float* panel, int64_t wor
     ahead.fetch(first / kSide);
     ahead.fetch(first / kSide + 1);
     const bool two = first + kSide < n;
-    clear_sums();
-    for (int64_t w = 0; w < words; w += kSide)
-      add_products(block + (w / CHUNK * NB + first) * CHUNK + w % CHUNK, panel + w * L, two);
-    store_sums(scores + first * L, two);
+    float* out = scores + first * L;
+    for (int64_t from = 0; from == 0 || from < words; from += PIECE) {
+      clear_sums();
+      for (int64_t w = from; w < smaller(words, from + PIECE); w += kSide)
+        add_products(block + (w / CHUNK * NB + first) * CHUNK + w % CHUNK, panel + w * L, two);
+      float sums[2 * kSide * L];
+      store_sums(from ? sums : out, two);
+      for (int i = 0; from && i < (two ? 2 : 1) * kSide * L; i += W)
+        Simd::store(out + i, Simd::add(Simd::load(out + i), Simd::load(sums + i)));
+    }
   }
 }
 

@@ -140,16 +140,18 @@ struct Bounded {
     const int64_t query = item.first_query + q;
     float* scores = item.scores + state.at(q);
     int32_t* ids = item.ids + state.at(q);
-    float* line = ws.floats(kLine, s.query.dim);
-    const float* x = floats_of(s.query, query, line);
-    const Terms terms = query_terms(item.metric, s.query_factor[query]);
-    for (int64_t i = from; i < to; i += W) {
-      const int n = static_cast<int>(smaller<int64_t>(W, to - i));
-      float out[W];
-      fetch(s.keys, ids + i + W, to - i - W);
-      exact_scores(s, item.metric, x, terms, ids + i, n, out, ws);
-      std::memcpy(scores + i, out, static_cast<size_t>(n) * sizeof(float));
-    }
+    const float factor = s.query_factor[query];
+    with_search_arithmetic(s.keys, item.metric, [&](auto a) {
+      using A = decltype(a);
+      const float* x = words_of_row<A>(s.query, query, ws.floats(kLine, padded(s.query.dim)));
+      for (int64_t i = from; i < to; i += W) {
+        const int n = static_cast<int>(smaller<int64_t>(W, to - i));
+        float out[W];
+        fetch(s.keys, ids + i + W, to - i - W);
+        exact_scores<A>(s, item.metric, x, factor, ids + i, n, out, ws);
+        std::memcpy(scores + i, out, static_cast<size_t>(n) * sizeof(float));
+      }
+    });
     if (s.items)
       for (int64_t i = from; i < to; ++i) ids[i] = s.items[ids[i]];
   }
@@ -180,7 +182,7 @@ struct Screening {
   SegmentTerms segment;
 
   Screening(Bounded& candidates, const SearchSegment& s)
-      : candidates(candidates), state(candidates.state), s(s), segment(s, state.item.metric) {}
+      : candidates(candidates), state(candidates.state), s(s), segment(s) {}
 
   // Products [n][L] of keys from position `first` on and strip t.
   template <bool UNITS>

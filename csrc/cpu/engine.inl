@@ -50,15 +50,11 @@ inline auto with_softmax_arithmetic(const Matrix& m, Fn&& fn) {
 }
 
 void beats_item(const BeatsItem& item, Workspace& ws) {
-  with_search_arithmetic(item.segment->keys, [&](auto a) { beats_with<decltype(a)>(item, ws); });
+  with_search_arithmetic(item.segment->keys, item.metric, [&](auto a) { beats_with<decltype(a)>(item, ws); });
 }
 
 void pairs_item(const PairItem& item, Workspace& ws) {
-  with_search_arithmetic(item.segment->keys, [&](auto a) { pairs_with<decltype(a)>(item, ws); });
-}
-
-int64_t factors(const RowRange& r, Metric metric, float* out, Workspace& ws) {
-  return with_search_arithmetic(r.matrix, [&](auto a) { return factors_with<decltype(a)>(r, metric, out, ws); });
+  with_search_arithmetic(item.segment->keys, item.metric, [&](auto a) { pairs_with<decltype(a)>(item, ws); });
 }
 
 void forward_item(const ForwardItem& item, Workspace& ws) {

@@ -1,12 +1,14 @@
 // The screen of a few queries, for which the keys' way from memory is the limit: fp32 products of rows where they lie,
 // nothing packed. The additions of a pair come in another order than in the score, so here too a bound decides. Rows
 // are taken in step from four places: the processor fetches each of them by itself, sooner than when it is told to.
+// l2 takes the squared differences themselves, which are as quick here; two such sums differ by a part of themselves.
 
 namespace {
 
-constexpr int kFew = 8;       // queries
-constexpr int kStreams = 4;   // places where rows are read
-constexpr int kTogether = 2;  // queries whose sums with so many rows the registers hold
+constexpr int kFew = 8;              // queries
+constexpr int kStreams = 4;          // places where rows are read
+constexpr float kVanishes = 1e-36f;  // above what terms that vanish add up to
+constexpr int kTogether = 2;         // queries whose sums with so many rows the registers hold
 static_assert(kFew <= L && NB % kStreams == 0);
 
 template <DType T>
@@ -19,9 +21,9 @@ inline F load_numbers(const void* row, int64_t d) {
     return Simd::load_f16(static_cast<const uint16_t*>(row) + d);
 }
 
-// Products of kStreams rows, `apart` from each other, and Q queries, which lie `stride` apart and end in zeros up to a
-// cache line; where NORM, also the rows' squared norms.
-template <DType T, int Q, bool NORM>
+// Sums of A's terms of kStreams rows, `apart` from each other, and Q queries, which lie `stride` apart and end in zeros
+// up to a cache line; where NORM, also the rows' squared norms.
+template <class A, DType T, int Q, bool NORM>
 inline void multiply_rows(const Matrix& keys, const int64_t (&rows)[kStreams], const float* queries, int64_t stride,
                           float* products, int64_t apart, float* norms) {
   F acc[kStreams][Q + 1];
@@ -32,7 +34,7 @@ inline void multiply_rows(const Matrix& keys, const int64_t (&rows)[kStreams], c
   }
   const auto add = [&](int r, F key, int64_t d) {
 #pragma GCC unroll 2
-    for (int q = 0; q < Q; ++q) acc[r][q] = Simd::fma(key, Simd::load(queries + q * stride + d), acc[r][q]);
+    for (int q = 0; q < Q; ++q) acc[r][q] = A::step(acc[r][q], key, Simd::load(queries + q * stride + d));
     if (NORM) acc[r][Q] = Simd::fma(key, key, acc[r][Q]);
   };
   int64_t d = 0;
@@ -50,9 +52,10 @@ inline void multiply_rows(const Matrix& keys, const int64_t (&rows)[kStreams], c
   }
 }
 
-template <DType T>
+template <class A, DType T>
 void screen_few_of(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
                    int64_t* bad, Workspace& ws) {
+  constexpr bool l2 = kDifferences<A>;
   const int64_t dim = s.query.dim, stride = padded(dim);
   const int n_queries = static_cast<int>(item.n_queries);
   float* queries = ws.floats(kLanes, n_queries * stride);
@@ -67,8 +70,17 @@ void screen_few_of(const TopkItem& item, const SearchSegment& s, int64_t begin, 
   for (int q = 0; q < n_queries; ++q) {
     const int64_t row = item.first_query + q;
     load_row(queries + q * stride, s.query, row);
-    const double length = __builtin_sqrt(squared_norm(queries + q * stride, dim));
-    strip.set(q, dim, length, 0, 1, query_terms(item.metric, s.query_factor[row]));
+    const double length = l2 ? 0 : __builtin_sqrt(squared_norm(queries + q * stride, dim));
+    strip.set(q, item.metric, dim, length, 0, 1, s.query_factor[row]);
+  }
+  if (l2) {
+    const float part = (2 * static_cast<float>(dim) + 32) * 0x1p-24f;
+    strip.stretch = (1 + part) / (1 - part);
+    for (int i = 0; i < NB; ++i) {
+      bounds.multiply[i] = part - 1;
+      bounds.high[i] = kVanishes;
+      bounds.low[i] = -kVanishes;
+    }
   }
   Screening screening(candidates, s);
   candidates.state.take_any_order();
@@ -91,21 +103,28 @@ void screen_few_of(const TopkItem& item, const SearchSegment& s, int64_t begin, 
         with_count<kTogether>(smaller(n_queries - q, kTogether), [&](auto some) {
           constexpr int Q = decltype(some)::value;
           float* out = products + i * L + q;
-          if (q)
-            multiply_rows<T, Q, false>(s.keys, rows, queries + q * stride, stride, out, kRows * L, nullptr);
+          if (q || l2)
+            multiply_rows<A, T, Q, false>(s.keys, rows, queries + q * stride, stride, out, kRows * L, nullptr);
           else
-            multiply_rows<T, Q, true>(s.keys, rows, queries, stride, out, kRows * L, norms);
+            multiply_rows<A, T, Q, true>(s.keys, rows, queries, stride, out, kRows * L, norms);
         });
       for (int stream = 0; stream < kStreams; ++stream) {
         if (i >= n[stream]) continue;
         const int64_t row = rows[stream];
+        const int at = stream * kRows + i;
+        if constexpr (l2) {
+          float* sums = products + at * L;
+          if (!is_finite(sums[0]) && !is_finite(squared_norm(floats_of(s.keys, row, line), dim))) note_bad(bad, row);
+          for (int q = 0; q < n_queries; ++q) sums[q] = smaller(sums[q], kLargest);
+          continue;
+        }
         const double squared =
             ordinary(norms[stream]) ? norms[stream] : squared_norm(floats_of(s.keys, row, line), dim);
-        if (!(squared < __builtin_inf())) note_bad(bad, row);
-        bounds.set(stream * kRows + i, item.metric, dim, squared, 0);
+        if (!is_finite(squared)) note_bad(bad, row);
+        bounds.set(at, item.metric, dim, squared, 0, RowFactor(item.metric, squared, true).multiply);
       }
     }
-    bounds.finish(NB, dim, nullptr);
+    if (!l2) bounds.finish(NB, dim, nullptr);
     const Blur most = bounds.most(NB);  // rows left from the block before only make it larger
     for (int stream = 0; stream < kStreams; ++stream)
       screening.block<false>(bounds.from(stream * kRows), most, products + stream * kRows * L, first[stream], n[stream],
@@ -113,11 +132,12 @@ void screen_few_of(const TopkItem& item, const SearchSegment& s, int64_t begin, 
   }
 }
 
+template <class A>
 void screen_few(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
                 int64_t* bad, Workspace& ws) {
-  const auto screen = s.keys.dtype == DType::f32    ? screen_few_of<DType::f32>
-                      : s.keys.dtype == DType::bf16 ? screen_few_of<DType::bf16>
-                                                    : screen_few_of<DType::f16>;
+  const auto screen = s.keys.dtype == DType::f32    ? screen_few_of<A, DType::f32>
+                      : s.keys.dtype == DType::bf16 ? screen_few_of<A, DType::bf16>
+                                                    : screen_few_of<A, DType::f16>;
   screen(item, s, begin, end, candidates, bad, ws);
 }
 

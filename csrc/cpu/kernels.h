@@ -95,6 +95,7 @@ struct SearchSegment {
   int64_t count;
   float scale, offset;
   const float* query_factor;  // [B]
+  const float* centre;        // [D] what l2 is screened around; null for other metrics
   float* packed;              // or null
   const int32_t* items;       // [keys.rows] or null: each row's id; -1: the row is passed over
 
@@ -135,7 +136,6 @@ struct BeatsItem {
 
 struct PairItem {
   const SearchSegment* segment;
-  const float* key_factor;  // [N], by id
   Metric metric;
   int64_t first_query, n_queries;
   const int64_t* ids;  // [B, P]
@@ -146,9 +146,10 @@ struct PairItem {
 struct PackItem {
   RowRange keys;
   Metric metric;
-  int64_t begin, end;  // positions, begin at the start of a block
-  int64_t* bad;        // the smallest row that is not finite
-  float* out;          // of the block at `begin`
+  const float* centre;  // as in SearchSegment
+  int64_t begin, end;   // positions, begin at the start of a block
+  int64_t* bad;         // the smallest row that is not finite
+  float* out;           // of the block at `begin`
 };
 
 struct Kernels {
@@ -158,13 +159,13 @@ struct Kernels {
   void (*gradient)(const GradientItem&, Workspace&);
   void (*kept_gradient)(const KeptItem&, Workspace&);
   void (*topk)(const TopkItem&, Workspace&);
-  int64_t (*packed_floats)(const Matrix& keys);  // of a packed block; 0: topk screens no such keys
+  int64_t (*packed_floats)(const Matrix& keys, Metric metric);  // of a packed block; 0: no such keys are packed
   void (*pack)(const PackItem&, Workspace&);
   void (*count_beats)(const BeatsItem&, Workspace&);
   void (*pair_scores)(const PairItem&, Workspace&);
-  // Per row: 1/norm (cosine), squared norm (l2), 1 (ip). Returns the position of the first row that is not finite, or
-  // -1.
-  int64_t (*factors)(const RowRange&, Metric, float* out, Workspace&);
+  // Per query: what its sums are multiplied by, and the power of two that it is multiplied by first. Returns the
+  // position of the first row that is not finite, or -1.
+  int64_t (*factors)(const RowRange&, Metric, float* multiply, float* lift, Workspace&);
   // Row by row: float -> dtype with a factor.
   void (*store_row)(void* out, DType dtype, int64_t row, const float* in, int64_t dim, float factor);
   void (*load_row)(float* out, const Matrix& in, int64_t row);

@@ -129,16 +129,15 @@ struct Scored {
   Scored(Beats& beats, Workspace& ws)
       : beats(beats),
         ws(ws),
-        queries(beats.s, beats.item.metric, beats.item.first_query, beats.item.n_queries, ws),
-        segment(beats.s, beats.item.metric),
+        queries(beats.s, beats.item.first_query, beats.item.n_queries, ws),
+        segment(beats.s),
         keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
         rows(ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK)) {}
 
   bool block(int64_t first) {
     const int n = beats.n;
     float* scores = beats.scores;
-    pack_rows<A>(keys, first, n, rows);
-    const BlockTerms terms(A{}, keys, beats.item.metric, first, n, beats.item.bad, ws);
+    const PackedKeys<A> terms(keys, beats.item.metric, first, n, rows, beats.item.bad, ws);
     for (int t = 0; t < queries.strips; ++t) {
       score(terms, t, {keys, first + n, t, queries.strips});
       const Strip strip = beats.strip(t);
@@ -157,7 +156,7 @@ struct Scored {
   }
 
   // A function of its own: gcc runs out of registers for the sums where it is inlined.
-  __attribute__((noinline)) void score(const BlockTerms& terms, int t, const Ahead& ahead) {
+  __attribute__((noinline)) void score(const PackedKeys<A>& terms, int t, const Ahead& ahead) {
     for (int from = 0; from < beats.n; from += MR) {
       ahead.fetch(from / MR);
       with_count<MR>(smaller(beats.n - from, MR), [&](auto height) {
@@ -188,14 +187,14 @@ struct Bracketed {
       : beats(beats),
         ws(ws),
         queries(beats.s, beats.item.metric, beats.item.first_query, beats.item.n_queries, ws),
-        segment(beats.s, beats.item.metric),
+        segment(beats.s),
         keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
         rounded(ws.floats(kRows, RoundedBlock::floats(queries.words)), queries.words) {}
 
   bool block(int64_t first) {
     const int n = beats.n;
     int64_t doubtful = 0;
-    rounded.fill(keys, beats.item.metric, first, n, beats.item.bad, ws);
+    rounded.fill(keys, beats.item.metric, beats.s.centre, first, n, beats.item.bad, ws);
     for (int t = 0; t < queries.strips; ++t) {
       score_block<Screen>(rounded.rows, n, queries.panel(t), queries.words, beats.scores,
                           {keys, first + n, t, queries.strips});
@@ -220,7 +219,7 @@ struct Bracketed {
       for (int v = 0; v < NV; ++v) {
         const auto of = [&](const float* x) { return Simd::load(x + v * W); };
         const F product = of(beats.scores + i * L), dot = Rounding::kUnits ? Simd::mul(product, of(q.unit)) : product;
-        const F blur = Simd::fma(of(q.slack), b, Simd::mul(of(q.norm), c));
+        const F blur = Simd::fma(of(q.slack), b, Simd::fma(of(q.norm), c, of(q.own)));
         const auto finish = [&](F inner) { return last_steps(inner, of(q.terms.multiply), of(q.terms.add), segment); };
         least[v] = Simd::max(finish(Simd::fma(dot, a, Simd::sub(below, blur))), Simd::set1(-kInf));
         most[v] = Simd::min(finish(Simd::fma(dot, a, Simd::add(above, blur))), Simd::set1(kInf));
@@ -235,9 +234,11 @@ struct Bracketed {
     const int64_t query = beats.item.first_query + t * L + lane;
     float score[W] = {kNan};
     if (!beats.excluded(t, lane, id)) {
-      const Metric metric = beats.item.metric;
-      const float* x = floats_of(beats.s.query, query, ws.floats(kLine, beats.s.query.dim));
-      exact_scores(beats.s, metric, x, query_terms(metric, beats.s.query_factor[query]), &id, 1, score, ws);
+      with_search_arithmetic(beats.s.keys, beats.item.metric, [&](auto a) {
+        using A = decltype(a);
+        const float* x = words_of_row<A>(beats.s.query, query, ws.floats(kLine, padded(beats.s.query.dim)));
+        exact_scores<A>(beats.s, beats.item.metric, x, beats.s.query_factor[query], &id, 1, score, ws);
+      });
     }
     strip.settle(lane, beats.low[k], beats.high[k], standing(score[0], id));
   }
@@ -266,42 +267,20 @@ void beats_with(const BeatsItem& item, Workspace& ws) {
 template <class A>
 void pairs_with(const PairItem& item, Workspace& ws) {
   const SearchSegment& s = *item.segment;
-  const PackedQueries<A> queries(s, item.metric, item.first_query, item.n_queries, ws);
-  float* keys = ws.floats(kRows, queries.words * L);
-  int64_t ids[L];
-  float factor[L];
-  const SegmentTerms constant(s, item.metric);
-  for (int t = 0; t < queries.strips; ++t) {
-    const int n = static_cast<int>(smaller<int64_t>(item.n_queries - t * L, L));
-    const float* panel = queries.panel(t);
-    const int64_t first = item.first_query + t * L;
-    for (int64_t p = 0; p < item.targets; ++p) {
-      for (int lane = 0; lane < n; ++lane) {
-        const int64_t id = item.ids[(first + lane) * item.targets + p];
-        ids[lane] = id < 0 ? 0 : id;
-      }
-      const RowRange range{s.keys, ids, 0, n};
-      pack_lanes<A>(range, 0, n, keys, ws);
-      LaneTerms terms = {};
-      for (int lane = 0; lane < n; ++lane) factor[lane] = item.key_factor[ids[lane]];
-      for (int lane = 0; lane < n; ++lane) {
-        const Terms k = key_terms(item.metric, factor[lane]);
-        terms.multiply[lane] = k.multiply;
-        terms.add[lane] = k.add;
-      }
-      for (int v = 0; v < NV; ++v) {
-        F acc = Simd::set1(0.0f);
-        for (int64_t w = 0; w < queries.words; ++w)
-          acc = A::step(acc, Simd::load(keys + w * L + v * W), Simd::load(panel + w * L + v * W));
-        const F a = Simd::load(terms.multiply + v * W), b = Simd::load(terms.add + v * W);
-        float scores[W];
-        const F c = Simd::load(queries.terms[t].multiply + v * W), d = Simd::load(queries.terms[t].add + v * W);
-        Simd::store(scores, finish_score(acc, a, b, c, d, constant));
-        for (int lane = v * W; lane < smaller(n, (v + 1) * W); ++lane) {
-          const int64_t at = (first + lane) * item.targets + p;
-          item.out[at] = item.ids[at] < 0 ? -kInf : scores[lane - v * W];
-        }
-      }
+  float* line = ws.floats(kLine, padded(s.query.dim));
+  for (int64_t q = item.first_query; q < item.first_query + item.n_queries; ++q) {
+    const float* x = words_of_row<A>(s.query, q, line);
+    const int64_t* ids = item.ids + q * item.targets;
+    for (int64_t from = 0; from < item.targets; from += W) {
+      const int n = static_cast<int>(smaller<int64_t>(W, item.targets - from));
+      int32_t some[W];
+      float out[W];
+      int real = 0;
+      for (int i = 0; i < n; ++i)
+        if (ids[from + i] >= 0) some[real++] = static_cast<int32_t>(ids[from + i]);
+      if (real) exact_scores<A>(s, item.metric, x, s.query_factor[q], some, real, out, ws);
+      for (int i = 0, next = 0; i < n; ++i)
+        item.out[q * item.targets + from + i] = ids[from + i] < 0 ? -kInf : out[next++];
     }
   }
 }

@@ -51,37 +51,87 @@ inline F round_row(const Rounding& round, const float* x, int64_t from, int64_t 
   return lost;
 }
 
-// A block of rounded keys with their bounds, as they lie in memory.
+// A row as it is screened: less the centre (l2), or lifted.
+struct ScreenedRow {
+  const float* x;
+  double squared;
+  float multiply = 1;  // its products, as a key's
+  bool finite;         // before
+
+  ScreenedRow(const Matrix& m, int64_t row, Metric metric, const float* centre, float* line)
+      : x(floats_of(m, row, line)) {
+    if (metric == Metric::l2) {
+      int64_t d = 0;
+      for (; d + W <= m.dim; d += W) Simd::store(line + d, Simd::sub(Simd::load(x + d), Simd::load(centre + d)));
+      for (; d < m.dim; ++d) line[d] = x[d] - centre[d];
+      x = line;
+      squared = squared_norm(x, m.dim);
+      finite = is_finite(squared) || all_finite(m, row);
+      return;
+    }
+    squared = squared_norm(x, m.dim);
+    finite = is_finite(squared);
+    const RowFactor factor(metric, squared, true);
+    multiply = factor.multiply;
+    if (factor.lift == 1) return;
+    for (int64_t d = 0; d < m.dim; ++d) line[d] = x[d] * factor.lift;
+    x = line;
+    squared *= static_cast<double>(factor.lift) * factor.lift;
+  }
+};
+
+// A block of rounded keys with their bounds.
 struct RoundedBlock {
+  int64_t words;
   float* rows;
   KeyBounds bounds;
 
-  // As rows of equal length, so that Ahead can fetch it.
-  static int64_t row_floats(int64_t words) { return chunks_of(words) * CHUNK + KeyBounds::kNumbers; }
-  static int64_t floats(int64_t words) { return NB * row_floats(words); }
+  static int64_t floats(int64_t words) { return NB * (chunks_of(words) * CHUNK + KeyBounds::kNumbers); }
 
-  RoundedBlock(float* memory, int64_t words) : rows(memory), bounds(memory + chunks_of(words) * NB * CHUNK) {}
+  RoundedBlock(float* memory, int64_t words)
+      : words(words), rows(memory), bounds(memory + chunks_of(words) * NB * CHUNK) {}
 
-  void fill(const RowRange& keys, Metric metric, int64_t first, int n, int64_t* bad, Workspace& ws) {
-    const int64_t dim = keys.matrix.dim, steps = words_of<Screen>(dim);
+  // As a gallery keeps it: nothing between the rows. Of equal length, so that Ahead can fetch it.
+  static int64_t kept_floats(int64_t words) { return words + KeyBounds::kNumbers; }  // of a row
+  static bool kept_as_is(int64_t words) { return words % CHUNK == 0; }
+
+  void load(const float* kept) const {
+    for (int64_t c = 0; c * CHUNK < words; ++c) {
+      const int64_t width = smaller<int64_t>(words - c * CHUNK, CHUNK);
+      for (int i = 0; i < NB; ++i, kept += width)
+        std::memcpy(rows + (c * NB + i) * CHUNK, kept, static_cast<size_t>(width) * sizeof(float));
+    }
+    std::memcpy(bounds.multiply, kept, NB * KeyBounds::kNumbers * sizeof(float));
+  }
+  void store(float* kept) const {
+    for (int64_t c = 0; c * CHUNK < words; ++c) {
+      const int64_t width = smaller<int64_t>(words - c * CHUNK, CHUNK);
+      for (int i = 0; i < NB; ++i, kept += width)
+        std::memcpy(kept, rows + (c * NB + i) * CHUNK, static_cast<size_t>(width) * sizeof(float));
+    }
+    std::memcpy(kept, bounds.multiply, NB * KeyBounds::kNumbers * sizeof(float));
+  }
+
+  void fill(const RowRange& keys, Metric metric, const float* centre, int64_t first, int n, int64_t* bad,
+            Workspace& ws) {
+    const int64_t dim = keys.matrix.dim;
     float* line = ws.floats(kLine, dim);
     float unit[NB];
     for (int i = 0; i < n; ++i) {
       if (first + i + kSoon < keys.count) prefetch_row(keys.matrix, keys.row(first + i + kSoon));
       const int64_t row = keys.row(first + i);
-      const float* x = floats_of(keys.matrix, row, line);
-      const double squared = squared_norm(x, dim);
-      if (!(squared < __builtin_inf())) note_bad(bad, row);
-      const Rounding round(__builtin_sqrt(squared), dim);
+      const ScreenedRow key(keys.matrix, row, metric, centre, line);
+      if (!key.finite) note_bad(bad, row);
+      const Rounding round(__builtin_sqrt(key.squared), dim);
       F lost = Simd::set1(0.0f);
-      for (int64_t c = 0; c * CHUNK < steps; ++c) {
+      for (int64_t c = 0; c * CHUNK < words; ++c) {
         uint16_t* out = reinterpret_cast<uint16_t*>(rows + (c * NB + i) * CHUNK);
-        lost = round_row(round, x, c * 2 * CHUNK, smaller<int64_t>(dim, (c + 1) * 2 * CHUNK), out, lost);
+        lost = round_row(round, key.x, c * 2 * CHUNK, smaller<int64_t>(dim, (c + 1) * 2 * CHUNK), out, lost);
         const int64_t done = (smaller<int64_t>(dim - c * 2 * CHUNK, 2 * CHUNK) + W - 1) / W * W;
-        const int64_t all = smaller<int64_t>(2 * (steps - c * CHUNK), 2 * CHUNK);
+        const int64_t all = smaller<int64_t>(2 * (words - c * CHUNK), 2 * CHUNK);
         if (done < all) std::memset(out + done, 0, static_cast<size_t>(all - done) * sizeof *out);
       }
-      bounds.set(i, metric, dim, squared, Simd::sum(lost));
+      bounds.set(i, metric, dim, key.squared, Simd::sum(lost), key.multiply);
       unit[i] = round.unit;
     }
     bounds.finish(n, dim, Rounding::kUnits ? unit : nullptr);
@@ -106,15 +156,15 @@ struct RoundedQueries {
     float* rounded = ws.floats(kConvert, words + W);
     std::memset(rounded, 0, static_cast<size_t>(words) * sizeof(float));
     for (int64_t q = 0; q < count; ++q) {
-      const float* x = floats_of(s.query, first + q, line);
-      const double length = __builtin_sqrt(squared_norm(x, dim));
+      const ScreenedRow query(s.query, first + q, metric, s.centre, line);
+      const double length = __builtin_sqrt(query.squared);
       const Rounding round(length, dim);
-      const F lost = round_row(round, x, 0, dim, reinterpret_cast<uint16_t*>(rounded), Simd::set1(0.0f));
+      const F lost = round_row(round, query.x, 0, dim, reinterpret_cast<uint16_t*>(rounded), Simd::set1(0.0f));
       const int lane = static_cast<int>(q % L);
       for (int64_t w = 0; w < words; ++w)
         std::memcpy(panels + (q / L * words + w) * L + lane, rounded + w, sizeof(float));
-      bounds[q / L].set(lane, dim, length, __builtin_sqrtf(Simd::sum(lost)), round.unit,
-                        query_terms(metric, s.query_factor[first + q]));
+      bounds[q / L].set(lane, metric, dim, length, __builtin_sqrtf(Simd::sum(lost)), round.unit,
+                        s.query_factor[first + q]);
     }
   }
   const float* panel(int t) const { return panels + t * words * L; }
@@ -124,21 +174,25 @@ void screen_rounded(const TopkItem& item, const SearchSegment& s, int64_t begin,
                     int64_t* bad, Workspace& ws) {
   [[maybe_unused]] const Screen::Scope scope;
   const RoundedQueries queries(s, item.metric, item.first_query, item.n_queries, ws);
-  const int64_t block_floats = RoundedBlock::floats(queries.words);
-  float* packed = s.packed ? s.packed + begin / NB * block_floats : ws.floats(kRows, block_floats);
+  const int64_t words = queries.words, row_floats = RoundedBlock::kept_floats(words);
+  const bool in_place = s.packed && RoundedBlock::kept_as_is(words);
+  float* memory = in_place ? nullptr : ws.floats(kRows, RoundedBlock::floats(words));
   float* products = ws.floats(kScores, NB * L);
   Screening screening(candidates, s);
   const RowRange keys{s.keys, s.rows, 0, s.count};
-  const int64_t row_floats = RoundedBlock::row_floats(queries.words);
   const RowRange kept{{s.packed, DType::f32, s.count, row_floats, row_floats}, nullptr, 0, s.count};
-  for (int64_t first = begin; first < end; first += NB, packed += s.packed ? block_floats : 0) {
+  for (int64_t first = begin; first < end; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
-    RoundedBlock block(packed, queries.words);
-    if (!s.packed) block.fill(keys, item.metric, first, n, bad, ws);
+    float* packed = s.packed ? s.packed + first * row_floats : nullptr;
+    RoundedBlock block(in_place ? packed : memory, words);
+    if (!packed)
+      block.fill(keys, item.metric, s.centre, first, n, bad, ws);
+    else if (!in_place)
+      block.load(packed);
     const Blur most = block.bounds.most(n);
     for (int t = 0; t < queries.strips; ++t) {
-      const Ahead ahead{s.packed ? kept : keys, first + NB, t, queries.strips};
-      score_block<Screen>(block.rows, n, queries.panel(t), queries.words, products, ahead);
+      const Ahead ahead{packed ? kept : keys, first + NB, t, queries.strips};
+      score_block<Screen>(block.rows, n, queries.panel(t), words, products, ahead);
       screening.block<Rounding::kUnits>(block.bounds, most, products, first, n, queries.bounds[t], t);
     }
   }

@@ -1,32 +1,38 @@
-// Search: top-k and beat-counts over the same tiles of scores. Floor: 2*B*N*D operations at the FMA peak.
+// Search: top-k and beat-counts over the same tiles of scores. Floor: 2*B*N*D operations at the FMA peak (l2: 3*B*N*D).
 // Fused: the metric, segments, thresholds. Labels and exclusions are looked at for survivors only.
-// score = scale * ((dot * a_row + b_row) * c_lane + d_lane) + offset:
-//   cosine: a = 1/|k|, c = 1/|q|;   ip: a = c = 1;   l2: a = 2, b = -|k|^2, d = -|q|^2.
+// score = scale * sum * a_row * c_lane + offset:
+//   cosine: sum = <q, k>, a = 1/|k|, c = 1/|q|;   ip: sum = <q, k>, a = c = 1;   l2: sum = sum (q - k)^2, a = -1, c
+//   = 1.
+// One score, one arithmetic: score_tile and exact_scores add up a pair's terms in one order. l2 is never taken from
+// |q|^2 + |k|^2 - 2<q, k>, which loses the distance of vectors that are long and near each other.
+// Rows of extreme norms, whose products no float holds, are multiplied by a power of two first (lift_of): exactly.
 
 namespace {
+
+// Squared differences instead of products.
+struct Difference {
+  static constexpr int PACK = 1, STEP = 1;
+  struct Scope {};
+  static F step(F acc, const float* a, F b) { return step(acc, Simd::set1(*a), b); }
+  static F step(F acc, F a, F b) {
+    const F t = Simd::sub(b, a);
+    return Simd::fma(t, t, acc);
+  }
+};
+template <class A>
+constexpr bool kDifferences = false;
+template <>
+constexpr bool kDifferences<Difference> = true;
 
 // Calls fn(A{}) with the arithmetic of scores for this matrix. Processors with AMX multiply fp32 faster than bf16
 // pairs.
 template <class Fn>
-inline auto with_search_arithmetic(const Matrix& m, Fn&& fn) {
+inline auto with_search_arithmetic([[maybe_unused]] const Matrix& m, Metric metric, Fn&& fn) {
+  if (metric == Metric::l2) return fn(Difference{});
 #if defined(FASTCOMPAT_BF16) && !defined(FASTCOMPAT_AMX)
   if (m.dtype == DType::bf16) return fn(Bf16{});
 #endif
-  (void)m;
   return fn(Fp32{});
-}
-
-// Squared norms of the rows packed in a panel, by the arithmetic of the scores: a row's distance to its duplicate is 0.
-template <class A>
-void squared_norms(const float* panel, int64_t words, float* out) {
-  for (int v = 0; v < NV; ++v) {
-    F acc = Simd::set1(0.0f);
-    for (int64_t w = 0; w < words; ++w) {
-      const F a = Simd::load(panel + w * L + v * W);
-      acc = A::step(acc, a, a);
-    }
-    Simd::store(out + v * W, acc);
-  }
 }
 
 // A squared norm that float arithmetic can be trusted with.
@@ -49,30 +55,72 @@ inline double squared_norm(const float* row, int64_t dim) {
   return exact;
 }
 
-inline float inverse_norm(double squared) {
-  const double inverse = squared > 0 ? 1 / __builtin_sqrt(squared) : 0;
-  return static_cast<float>(inverse < 3e38 ? inverse : 3e38);
+inline bool is_finite(double squared) { return squared < __builtin_inf(); }
+
+constexpr double kLeast = 1e-12, kMost = 1e12;  // norms between these can neither overflow nor vanish in a product
+
+inline bool extreme(double squared) { return squared != 0 && !(squared > kLeast * kLeast && squared < kMost * kMost); }
+
+// The power of two that makes an extreme norm ordinary: near 1 with cosine, towards its square root with ip, so that
+// neither the sum nor what undoes this, a row at a time, passes the range of floats where the score does not.
+inline float lift_of(Metric metric, double squared) {
+  if (!extreme(squared) || !is_finite(squared)) return 1;
+  uint64_t bits;
+  std::memcpy(&bits, &squared, sizeof bits);
+  const int norm = (static_cast<int>(bits >> 52) - 1023) >> 1;
+  const auto within = [](int x, int limit) { return x < -limit ? -limit : x > limit ? limit : x; };
+  const int up = metric == Metric::ip ? within(norm / 2, 38) - norm : within(-norm, 120);
+  return float_from_bits(static_cast<uint32_t>(up + 127) << 23);
 }
 
+// What a row brings to its scores: the row is multiplied by `lift` first, the sum by `multiply`.
+struct RowFactor {
+  float lift, multiply;
+
+  RowFactor(Metric metric, double squared, bool key) : lift(1), multiply(key ? -1.0f : 1.0f) {
+    if (metric == Metric::l2) return;
+    lift = lift_of(metric, squared);
+    multiply = 1 / lift;
+    if (metric == Metric::ip) return;
+    const double lifted = squared * (static_cast<double>(lift) * lift);
+    multiply = lifted > 0 ? static_cast<float>(1 / __builtin_sqrt(lifted)) : 0.0f;
+  }
+};
+
+// Multiplies words of a row, floats or pairs of bf16.
 template <class A>
-int64_t factors_with(const RowRange& r, Metric metric, float* out, Workspace& ws) {
-  const int64_t dim = r.matrix.dim, words = words_of<A>(dim);
-  float* line = ws.floats(kLine, dim);
+inline void lift_words(float* words, int64_t n, float lift) {
+  if constexpr (A::PACK == 1) {
+    for (int64_t w = 0; w < n; ++w) words[w] *= lift;
+  } else {
+    for (int64_t w = 0; w < n; ++w) {
+      uint32_t pair = bits_of_float(words[w]);
+      const uint16_t low = float_to_bf16(lift * bf16_to_float(static_cast<uint16_t>(pair)));
+      const uint16_t high = float_to_bf16(lift * bf16_to_float(static_cast<uint16_t>(pair >> 16)));
+      words[w] = float_from_bits(static_cast<uint32_t>(high) << 16 | low);
+    }
+  }
+}
+
+inline bool all_finite(const Matrix& m, int64_t row) {
+  bool finite = true;
+  for (int64_t d = 0; d < m.dim; ++d) {
+    float x;
+    to_floats(&x, m, row, d, 1);
+    finite &= x - x == 0;
+  }
+  return finite;
+}
+
+int64_t factors(const RowRange& r, Metric metric, float* multiply, float* lift, Workspace& ws) {
+  float* line = ws.floats(kLine, r.matrix.dim);
   int64_t bad = -1;
   for (int64_t i = 0; i < r.count; ++i) {
-    const double squared = squared_norm(floats_of(r.matrix, r.row(i), line), dim);
-    if (!(squared < __builtin_inf()) && (bad < 0 || r.row(i) < r.row(bad))) bad = i;
-    out[i] = metric == Metric::cosine ? inverse_norm(squared) : 1.0f;
-  }
-  if (metric == Metric::l2) {
-    float* panel = ws.floats(kNorms, words * L);
-    float norms[L];
-    for (int64_t first = 0; first < r.count; first += L) {
-      const int n = static_cast<int>(smaller<int64_t>(r.count - first, L));
-      pack_lanes<A>(r, first, n, panel, ws);
-      squared_norms<A>(panel, words, norms);
-      std::memcpy(out + first, norms, static_cast<size_t>(n) * sizeof(float));
-    }
+    const double squared = squared_norm(floats_of(r.matrix, r.row(i), line), r.matrix.dim);
+    if (!is_finite(squared) && (bad < 0 || r.row(i) < r.row(bad))) bad = i;
+    const RowFactor factor(metric, squared, false);
+    multiply[i] = factor.multiply;
+    lift[i] = factor.lift;
   }
   return bad;
 }
@@ -84,41 +132,16 @@ inline void note_bad(int64_t* bad, int64_t row) {
   }
 }
 
-struct Terms {  // of score = (dot * a + b) * c + d
-  float multiply, add;
-};
-
-inline Terms key_terms(Metric metric, float factor) {
-  if (metric == Metric::cosine) return {factor, 0};
-  return metric == Metric::ip ? Terms{1, 0} : Terms{2, -factor};
-}
-
-inline Terms query_terms(Metric metric, float factor) {
-  if (metric == Metric::cosine) return {factor, 0};
-  return metric == Metric::ip ? Terms{1, 0} : Terms{1, -factor};
-}
-
-struct LaneTerms {
-  float multiply[L], add[L];
-};
-
-// What a segment does to every score. `most` keeps rounding from making a distance negative.
+// What a segment does to every score.
 struct SegmentTerms {
-  F most, scale, offset, inverse_scale;
+  F scale, offset, inverse_scale;
 
-  SegmentTerms(const SearchSegment& s, Metric metric)
-      : most(Simd::set1(metric == Metric::l2 ? 0.0f : kInf)),
-        scale(Simd::set1(s.scale)),
-        offset(Simd::set1(s.offset)),
-        inverse_scale(Simd::set1(1 / s.scale)) {}
+  explicit SegmentTerms(const SearchSegment& s)
+      : scale(Simd::set1(s.scale)), offset(Simd::set1(s.offset)), inverse_scale(Simd::set1(1 / s.scale)) {}
 };
 
-inline F last_steps(F inner, F c, F d, const SegmentTerms& s) {
-  return Simd::fma(Simd::min(s.most, Simd::fma(inner, c, d)), s.scale, s.offset);
-}
-
-inline F finish_score(F dot, F a, F b, F c, F d, const SegmentTerms& s) {
-  return last_steps(Simd::fma(dot, a, b), c, d, s);
+inline F finish_score(F sum, F a, F c, const SegmentTerms& s) {
+  return Simd::fma(Simd::mul(Simd::mul(sum, a), c), s.scale, s.offset);
 }
 
 // A block of queries, packed for one segment.
@@ -126,41 +149,40 @@ template <class A>
 struct PackedQueries {
   int strips;
   int64_t words;
-  float* panels;
-  LaneTerms* terms;
+  float *panels, *multiply;  // [strips][words][L], [strips][L]
 
-  PackedQueries(const SearchSegment& s, Metric metric, int64_t first, int64_t count, Workspace& ws)
+  PackedQueries(const SearchSegment& s, int64_t first, int64_t count, Workspace& ws)
       : strips(static_cast<int>((count + L - 1) / L)), words(words_of<A>(s.query.dim)) {
     panels = ws.floats(kLanes, strips * words * L);
-    terms = reinterpret_cast<LaneTerms*>(ws.floats(kState, strips * 2 * L));
+    multiply = ws.floats(kState, strips * L);
     const RowRange range{s.query, nullptr, first, count};
     for (int t = 0; t < strips; ++t) {
       const int n = static_cast<int>(smaller<int64_t>(count - t * L, L));
       pack_lanes<A>(range, t * L, n, panels + t * words * L, ws);
-      for (int lane = 0; lane < L; ++lane) {
-        const Terms q = lane < n ? query_terms(metric, s.query_factor[first + t * L + lane]) : Terms{0, 0};
-        terms[t].multiply[lane] = q.multiply;
-        terms[t].add[lane] = q.add;
-      }
+      for (int lane = 0; lane < L; ++lane)
+        multiply[t * L + lane] = lane < n ? s.query_factor[first + t * L + lane] : 0.0f;
     }
   }
   const float* panel(int t) const { return panels + t * words * L; }
 };
 
-// What a block of keys brings to its scores, found while the block is at hand.
-struct BlockTerms {
-  float multiply[NB], add[NB];
+// A packed block of keys, lifted, and what they bring to their scores.
+template <class A>
+struct PackedKeys {
+  float multiply[NB];
 
-  template <class A>
-  BlockTerms(A, const RowRange& keys, Metric metric, int64_t first, int n, int64_t* bad, Workspace& ws) {
-    float factor[NB];
-    const RowRange block{keys.matrix, keys.index, keys.first + first, n};
-    const int64_t at = factors_with<A>(block, metric, factor, ws);
-    if (at >= 0) note_bad(bad, block.row(at));
+  PackedKeys(const RowRange& keys, Metric metric, int64_t first, int n, float* block, int64_t* bad, Workspace& ws) {
+    pack_rows<A>(keys, first, n, block);
+    const int64_t dim = keys.matrix.dim, words = words_of<A>(dim);
+    float* line = ws.floats(kLine, dim);
     for (int i = 0; i < n; ++i) {
-      const Terms k = key_terms(metric, factor[i]);
-      multiply[i] = k.multiply;
-      add[i] = k.add;
+      const int64_t row = keys.row(first + i);
+      const double squared = squared_norm(floats_of(keys.matrix, row, line), dim);
+      if (!is_finite(squared)) note_bad(bad, row);
+      const RowFactor factor(metric, squared, true);
+      multiply[i] = factor.multiply;
+      for (int64_t c = 0; factor.lift != 1 && c * CHUNK < words; ++c)
+        lift_words<A>(block + (c * NB + i) * CHUNK, smaller<int64_t>(words - c * CHUNK, CHUNK), factor.lift);
     }
   }
 };
@@ -168,19 +190,61 @@ struct BlockTerms {
 // Finished scores of R rows with a strip of queries.
 template <class A, int R>
 inline __attribute__((always_inline)) void finished_tile(const SegmentTerms& s, const float* block, int first,
-                                                         const PackedQueries<A>& queries, int t, const BlockTerms& keys,
-                                                         F (&acc)[R][NV]) {
+                                                         const PackedQueries<A>& queries, int t,
+                                                         const PackedKeys<A>& keys, F (&acc)[R][NV]) {
   score_tile<A, R>(block, first, queries.panel(t), queries.words, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const F a = Simd::set1(keys.multiply[first + r]), b = Simd::set1(keys.add[first + r]);
+    const F a = Simd::set1(keys.multiply[first + r]);
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const LaneTerms& lane = queries.terms[t];
-      const F c = Simd::load(lane.multiply + v * W), d = Simd::load(lane.add + v * W);
-      acc[r][v] = finish_score(acc[r][v], a, b, c, d, s);
+    for (int v = 0; v < NV; ++v)
+      acc[r][v] = finish_score(acc[r][v], a, Simd::load(queries.multiply + t * L + v * W), s);
+  }
+}
+
+// Exact scores of a query (its words, and what it multiplies by) and `n` <= W keys: the sums of score_tile, in its
+// order.
+template <class A>
+inline void exact_scores(const SearchSegment& s, Metric metric, const float* query, float factor, const int32_t* ids,
+                         int n, float* out, Workspace& ws) {
+  const int64_t dim = s.keys.dim, words = words_of<A>(dim), stride = padded(dim);
+  float* lines = ws.floats(kFetched, (W + 1) * stride);
+  const float* rows[W];
+  float multiply[W] = {};
+  for (int i = 0; i < n; ++i) {
+    float* line = lines + i * stride;
+    rows[i] = words_of_row<A>(s.keys, ids[i], line);
+    const bool norm = metric != Metric::l2;
+    const double squared = norm ? squared_norm(floats_of(s.keys, ids[i], lines + W * stride), dim) : 1.0;
+    const RowFactor key(metric, squared, true);
+    multiply[i] = key.multiply;
+    if (key.lift != 1) {
+      std::memmove(line, rows[i], static_cast<size_t>(words) * sizeof(float));
+      lift_words<A>(line, words, key.lift);
+      rows[i] = line;
     }
   }
+  for (int i = n; i < W; ++i) rows[i] = rows[0];
+  static_assert(PIECE % W == 0, "a piece is whole vectors");
+  F total = Simd::set1(0.0f), sum = total;
+  for (int64_t w = 0; w < words; w += W) {
+    if (w && w % PIECE == 0) {
+      total = w > PIECE ? Simd::add(total, sum) : sum;
+      sum = Simd::set1(0.0f);
+    }
+    const int width = static_cast<int>(smaller<int64_t>(W, words - w));
+    F key[W];
+    if (width == W) {
+      Simd::columns(rows, w, W, key);
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) sum = A::step(sum, key[j], Simd::set1(query[w + j]));
+    } else {
+      Simd::columns(rows, w, width, key);
+      for (int j = 0; j < width; ++j) sum = A::step(sum, key[j], Simd::set1(query[w + j]));
+    }
+  }
+  if (words > PIECE) sum = Simd::add(total, sum);
+  Simd::store(out, finish_score(sum, Simd::load(multiply), Simd::set1(factor), SegmentTerms(s)));
 }
 
 inline int32_t id_at(const SearchSegment& s, int64_t position) {

@@ -3,19 +3,23 @@
 //   |<q, k> - <q~, k~>| <= |dq||k| + |q~||dk| + (2D + 32) 2^-24 |q||k|,
 // the last term for the rounding of both sums and of the bound itself. The steps from a product to a score only grow,
 // rounding included: the bounds of the product, taken through them, are bounds of the float that is returned.
+// l2 is screened as 2<q, k> - |k|^2 - |q|^2 of rows from which a common centre was subtracted: a distance does not
+// change, and little cancels. What does is in the bound: (D + 64) 2^-22 of both squared norms, for the rounding of the
+// norms, of the steps, of the subtraction (2^-24 of a number) and of the exact score, which is at most 2(|q|^2 +
+// |k|^2).
 
 namespace {
 
-constexpr int kSoon = 12;                       // rows ahead that filling a block fetches
-constexpr double kLeast = 1e-12, kMost = 1e12;  // norms between these can neither overflow nor vanish in a product
-constexpr float kLargest = 3e38f;               // and finite
-
-inline bool extreme(double squared) { return squared != 0 && !(squared > kLeast * kLeast && squared < kMost * kMost); }
+constexpr int kSoon = 12;          // rows ahead that filling a block fetches
+constexpr float kLargest = 3e38f;  // and finite
 
 // Norms are sums of D rounded squares: made a little larger, they are bounds.
 inline float larger(double norm, int64_t dim) {
   return static_cast<float>(norm * (1 + static_cast<double>(dim + 64) * 0x1p-23));
 }
+
+// What l2 loses with a squared norm.
+inline float square_blur(float square, int64_t dim) { return static_cast<float>(dim + 64) * 0x1p-22f * square; }
 
 // What rounding can hide of a product with a query of norm and slack 1.
 struct Blur {
@@ -32,15 +36,16 @@ struct KeyBounds {
 
   KeyBounds from(int row) const { return KeyBounds(multiply + row); }
 
-  // Row i: its squared norm, and the squared norm of what rounding took away.
-  void set(int i, Metric metric, int64_t dim, double squared, float lost) {
-    norm[i] = static_cast<float>(squared);
+  // Row i, as it is screened: its squared norm, the squared norm of what rounding took away, and what its products are
+  // multiplied by (l2: not used).
+  void set(int i, Metric metric, int64_t dim, double squared, float lost, float factor) {
+    const bool l2 = metric == Metric::l2;
+    const float square = static_cast<float>(squared), blur = l2 ? square_blur(square, dim) : 0;
+    norm[i] = square;
     slack[i] = lost;
-    const Terms k = key_terms(metric, metric == Metric::cosine ? inverse_norm(squared) : norm[i]);
-    const float blur = static_cast<float>(dim + 64) * 0x1p-23f * -k.add;  // of the squared norm
-    multiply[i] = k.multiply;
-    high[i] = k.add + blur;
-    low[i] = k.add - blur;
+    multiply[i] = l2 ? 2 : factor;
+    high[i] = l2 ? blur - square : 0;
+    low[i] = l2 ? -blur - square : 0;
     if (extreme(squared)) {  // such a key always passes
       multiply[i] = 0;
       high[i] = kInf;
@@ -70,23 +75,35 @@ struct KeyBounds {
   }
 };
 
+struct LaneTerms {  // of inner * multiply + add
+  float multiply[L], add[L];
+};
+
 // What a strip of queries brings.
 struct QueryBounds {
-  float norm[L], slack[L], unit[L], inverse[L];  // the last: of what its terms multiply by
+  float norm[L], slack[L], own[L], unit[L], inverse[L];  // `own`: whatever the key; the last: of what terms multiply by
   LaneTerms terms;
+  float stretch;  // the largest that a sum can be instead of 1
 
-  // A query's norm, and the norm of what rounding took away.
-  void set(int lane, int64_t dim, double length, float lost, float one, Terms query) {
+  // A query's norm, the norm of what rounding took away, and what its products are multiplied by.
+  void set(int lane, Metric metric, int64_t dim, double length, float lost, float one, float factor) {
     const double sums = (2.0 * static_cast<double>(dim) + 32) * 0x1p-24;
+    const float square = metric == Metric::l2 ? static_cast<float>(length * length) : 0;
     norm[lane] = larger(length + lost, dim);
     slack[lane] =
         extreme(length * length) ? kInf : larger(lost + sums * length, dim);  // infinite: all of its keys pass
+    own[lane] = square_blur(square, dim);
     unit[lane] = one;
-    terms.multiply[lane] = query.multiply;
-    terms.add[lane] = query.add;
-    inverse[lane] = 1 / query.multiply;
+    terms.multiply[lane] = factor;
+    terms.add[lane] = -square;
+    inverse[lane] = 1 / factor;
+    stretch = 1;
   }
 };
+
+inline F last_steps(F inner, F c, F d, const SegmentTerms& s) {
+  return Simd::fma(Simd::fma(inner, c, d), s.scale, s.offset);
+}
 
 // A limit for products after the key's steps: up to it no score is above the lane's bar. The bar taken through the
 // other steps backwards, which round, and a little less; where taking it forwards does not confirm it, -inf. Steps only
@@ -107,13 +124,15 @@ template <bool UNITS, class Offer>
 inline void screen_block(const KeyBounds& keys, const Blur& most, const float* products, int n,
                          const QueryBounds& queries, const SegmentTerms& segment, const float* threshold,
                          Offer&& offer) {
-  F norm[NV], slack[NV], unit[NV], multiply[NV], add[NV], largest_blur[NV], limit[NV];
+  F norm[NV], slack[NV], own[NV], unit[NV], multiply[NV], add[NV], largest_blur[NV], limit[NV];
+  const F stretch = Simd::set1(queries.stretch);
   const auto blur = [&](float key_norm, float key_slack, int v) {
-    return Simd::fma(slack[v], Simd::set1(key_norm), Simd::mul(norm[v], Simd::set1(key_slack)));
+    return Simd::fma(slack[v], Simd::set1(key_norm), Simd::fma(norm[v], Simd::set1(key_slack), own[v]));
   };
   for (int v = 0; v < NV; ++v) {
     norm[v] = Simd::load(queries.norm + v * W);
     slack[v] = Simd::load(queries.slack + v * W);
+    own[v] = Simd::load(queries.own + v * W);
     unit[v] = Simd::load(queries.unit + v * W);
     multiply[v] = Simd::load(queries.terms.multiply + v * W);
     add[v] = Simd::load(queries.terms.add + v * W);
@@ -121,10 +140,11 @@ inline void screen_block(const KeyBounds& keys, const Blur& most, const float* p
     limit[v] =
         inner_limit(Simd::load(threshold + v * W), multiply[v], add[v], Simd::load(queries.inverse + v * W), segment);
   }
-  const auto inner = [&](int i, int v, F constant) {
-    const F product = Simd::load(products + i * L + v * W), dot = UNITS ? Simd::mul(product, unit[v]) : product;
-    return Simd::fma(dot, Simd::set1(keys.multiply[i]), constant);
+  const auto product = [&](int i, int v) {
+    const F p = Simd::load(products + i * L + v * W);
+    return UNITS ? Simd::mul(p, unit[v]) : p;
   };
+  const auto inner = [&](F dot, int i, F constant) { return Simd::fma(dot, Simd::set1(keys.multiply[i]), constant); };
   constexpr int kRows = 64;
   for (int from = 0; from < n; from += kRows) {
     // Which rows may pass: the largest blur of the block instead of each row's, and no step after the key's.
@@ -134,7 +154,8 @@ inline void screen_block(const KeyBounds& keys, const Blur& most, const float* p
       bool some = false;
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v)
-        some |= Simd::bits(Simd::not_le(inner(i, v, Simd::add(largest_blur[v], high)), limit[v])) != 0;  // NaN passes
+        some |= Simd::bits(Simd::not_le(inner(product(i, v), i, Simd::add(largest_blur[v], high)), limit[v])) !=
+                0;  // NaN passes
       rows |= static_cast<uint64_t>(some) << (i - from);
     }
     for (; rows; rows &= rows - 1) {
@@ -142,10 +163,12 @@ inline void screen_block(const KeyBounds& keys, const Blur& most, const float* p
       float low[L], high[L];
       uint32_t passes = 0;
       for (int v = 0; v < NV; ++v) {
-        const F around = blur(keys.norm[i], keys.slack[i], v);
-        const auto bound = [&](F constant) { return last_steps(inner(i, v, constant), multiply[v], add[v], segment); };
-        const F highest = bound(Simd::add(around, Simd::set1(keys.high[i])));
-        const F lowest = bound(Simd::sub(Simd::set1(keys.low[i]), around));
+        const F around = blur(keys.norm[i], keys.slack[i], v), dot = product(i, v);
+        const auto bound = [&](F dot, F constant) {
+          return last_steps(inner(dot, i, constant), multiply[v], add[v], segment);
+        };
+        const F highest = bound(dot, Simd::add(around, Simd::set1(keys.high[i])));
+        const F lowest = bound(Simd::mul(dot, stretch), Simd::sub(Simd::set1(keys.low[i]), around));
         Simd::store(high + v * W, highest);
         Simd::store(low + v * W, Simd::max(lowest, Simd::set1(-kInf)));  // of NaN: -inf
         passes |= Simd::bits(Simd::not_le(highest, Simd::load(threshold + v * W))) << (v * W);
@@ -156,45 +179,6 @@ inline void screen_block(const KeyBounds& keys, const Blur& most, const float* p
       }
     }
   }
-}
-
-// Exact scores of a query (as floats, with its terms) and `n` <= W keys: the additions of score_tile, in its order.
-inline void exact_scores(const SearchSegment& s, Metric metric, const float* query, Terms terms, const int32_t* ids,
-                         int n, float* out, Workspace& ws) {
-  const int64_t dim = s.keys.dim;
-  float* lines = ws.floats(kFetched, s.keys.dtype == DType::f32 ? 0 : W * padded(dim));
-  const float* rows[W];
-  float factor[W] = {};
-  for (int i = 0; i < W; ++i) rows[i] = i < n ? floats_of(s.keys, ids[i], lines + i * padded(dim)) : rows[0];
-  F dot = Simd::set1(0.0f), squared = Simd::set1(0.0f);
-  for (int64_t d = 0; d < dim; d += W) {
-    const int width = static_cast<int>(smaller<int64_t>(W, dim - d));
-    F key[W];
-    const auto add = [&](int j) {
-      dot = Simd::fma(Simd::set1(query[d + j]), key[j], dot);
-      squared = Simd::fma(key[j], key[j], squared);
-    };
-    if (width == W) {
-      Simd::columns(rows, d, W, key);
-#pragma GCC unroll 16
-      for (int j = 0; j < W; ++j) add(j);
-    } else {
-      Simd::columns(rows, d, width, key);
-      for (int j = 0; j < width; ++j) add(j);
-    }
-  }
-  if (metric == Metric::cosine)
-    for (int i = 0; i < n; ++i) factor[i] = inverse_norm(squared_norm(rows[i], dim));
-  else if (metric == Metric::l2)
-    Simd::store(factor, squared);
-  float multiply[W], plus[W];
-  for (int i = 0; i < W; ++i) {
-    const Terms k = key_terms(metric, factor[i]);
-    multiply[i] = k.multiply;
-    plus[i] = k.add;
-  }
-  Simd::store(out, finish_score(dot, Simd::load(multiply), Simd::load(plus), Simd::set1(terms.multiply),
-                                Simd::set1(terms.add), SegmentTerms(s, metric)));
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // Top-k, pair scores and beat-counts: cuts the work into items and merges what they found.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <deque>
 #include <limits>
 #include <tuple>
 #include <utility>
@@ -39,33 +41,82 @@ void check_sizes(const Segment& s) {
     throw std::invalid_argument("more than 2**31 - 1 rows: search in parts and merge the results");
 }
 
-// What the metric needs to know of each row; refuses rows that are not finite.
-std::vector<float> factors(const RowRange& rows, Metric metric, const char* side, int segment, int threads) {
-  std::vector<float> out(static_cast<size_t>(rows.count));
-  const int64_t parts = (rows.count + kFactorRows - 1) / kFactorRows;
-  std::atomic<int64_t> bad{kNone};
-  parallel_for(parts, threads_for(threads, 16, rows.count, rows.matrix.dim), [&](int64_t n, Workspace& ws) {
-    RowRange part = rows;
-    part.first += n * kFactorRows;
-    part.count = std::min(kFactorRows, rows.count - n * kFactorRows);
-    int64_t at = kernels().factors(part, metric, out.data() + n * kFactorRows, ws);
-    if (at < 0) return;
-    at = part.row(at);
-    for (int64_t seen = bad.load(); at < seen && !bad.compare_exchange_weak(seen, at);) {
-    }
-  });
-  if (bad.load() != kNone) throw NonFinite(side, segment, bad.load());
-  return out;
+// What a sum of each row is multiplied by, and the row first; refuses rows that are not finite.
+struct Factors {
+  std::vector<float> multiply, lift;
+
+  Factors(const RowRange& rows, Metric metric, const char* side, int segment, int threads)
+      : multiply(static_cast<size_t>(rows.count)), lift(static_cast<size_t>(rows.count)) {
+    const int64_t parts = (rows.count + kFactorRows - 1) / kFactorRows;
+    std::atomic<int64_t> bad{kNone};
+    parallel_for(parts, threads_for(threads, 16, rows.count, rows.matrix.dim), [&](int64_t n, Workspace& ws) {
+      const int64_t first = n * kFactorRows;
+      RowRange part = rows;
+      part.first += first;
+      part.count = std::min(kFactorRows, rows.count - first);
+      int64_t at = kernels().factors(part, metric, multiply.data() + first, lift.data() + first, ws);
+      if (at < 0) return;
+      at = part.row(at);
+      for (int64_t seen = bad.load(); at < seen && !bad.compare_exchange_weak(seen, at);) {
+      }
+    });
+    if (bad.load() != kNone) throw NonFinite(side, segment, bad.load());
+  }
+};
+
+// Near the mean of the keys, by a sample: what l2 is screened around. Any vector would do.
+std::vector<float> centre_of(const Segment& s) {
+  const int64_t dim = s.keys.dim, n = std::clamp<int64_t>(s.count / 64, std::min<int64_t>(1, s.count), 256);
+  std::vector<double> sum(static_cast<size_t>(dim));
+  std::vector<float> row(static_cast<size_t>(dim)), centre(static_cast<size_t>(dim));
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = i * s.count / n;
+    kernels().load_row(row.data(), s.keys, s.rows ? s.rows[at] : at);
+    for (int64_t d = 0; d < dim; ++d) sum[d] += row[d];
+  }
+  for (int64_t d = 0; d < dim && n; ++d) {
+    centre[d] = static_cast<float>(sum[d] / static_cast<double>(n));
+    if (!std::isfinite(centre[d])) centre[d] = 0;  // the row is refused where it is read
+  }
+  return centre;
+}
+
+// Numbers before the blocks of a packed copy: its centre.
+int64_t packed_centre(const Matrix& keys, Metric metric) {
+  return metric == Metric::l2 ? (keys.dim + 15) / 16 * 16 : 0;
 }
 
 // A segment with its queries' factors; those of the keys are found while they are packed.
 struct Prepared {
-  std::vector<float> query_factor;
+  Factors query;
+  std::vector<float> lifted;  // the queries, where some are
+  std::vector<float> centre;
   SearchSegment segment;
 
   Prepared(const Segment& s, Metric metric, int number, int threads)
-      : query_factor(factors({s.query, nullptr, 0, s.query.rows}, metric, "query", number, threads)),
-        segment{s.query, s.keys, s.rows, s.count, s.scale, s.offset, query_factor.data(), s.packed, s.items} {}
+      : query({s.query, nullptr, 0, s.query.rows}, metric, "query", number, threads),
+        segment{s.query, s.keys,   s.rows, s.count, s.scale, s.offset, query.multiply.data(),
+                nullptr, s.packed, s.items} {
+    const Matrix& q = s.query;
+    if (std::any_of(query.lift.begin(), query.lift.end(), [](float lift) { return lift != 1; })) {
+      lifted.resize(static_cast<size_t>(q.rows * q.dim));
+      std::vector<float> row(static_cast<size_t>(q.dim));
+      for (int64_t i = 0; i < q.rows; ++i) {
+        kernels().load_row(row.data(), q, i);
+        kernels().store_row(lifted.data(), q.dtype, i, row.data(), q.dim, query.lift[i]);
+      }
+      segment.query = {lifted.data(), q.dtype, q.rows, q.dim, q.dim};
+    }
+    if (metric != Metric::l2) return;
+    if (s.packed) {
+      segment.centre = s.packed;
+      segment.packed += packed_centre(s.keys, metric);
+    } else {
+      centre = centre_of(s);
+      segment.centre = centre.data();
+    }
+  }
+  Prepared(const Prepared&) = delete;
 };
 
 void refuse_bad(const std::vector<int64_t>& bad) {
@@ -94,7 +145,7 @@ struct Search {
     const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
     // Every thread gets a block where there are queries enough, else a part of the keys.
     const int64_t share = std::max(kFewestLanes, ((B + workers - 1) / workers + kStep - 1) / kStep * kStep);
-    const int64_t lane_bytes = (kernel.packed_floats(parts[0].keys) ? 2 : 4) * dim;
+    const int64_t lane_bytes = std::max<int64_t>(1, (kernel.packed_floats(parts[0].keys, metric) ? 2 : 4) * dim);
     const int64_t cached = std::max<int64_t>(512, kCachedBytes / lane_bytes);
     const int64_t block = block_of(B, lane_bytes, std::min({fits, share, cached}));
     // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
@@ -185,22 +236,55 @@ std::vector<float> expected_floor(const std::vector<SearchSegment>& parts, int64
   return floor;
 }
 
+// Refuses results of which float32 cannot tell the order: an infinite score, or one that is missing though there are
+// keys, which then score -inf.
+void refuse_overflow(const std::vector<Segment>& segments, int64_t k, const TopkFilter& filter, const float* scores,
+                     const int64_t* ids) {
+  const auto wanted = [&](int64_t query) {
+    int64_t count = 0;
+    for (const Segment& s : segments)
+      for (int64_t at = 0; at < s.count; ++at) {
+        const int64_t id = s.rows ? s.rows[at] : at;
+        const bool same = filter.query_labels && filter.query_labels[query] >= 0 &&
+                          filter.query_labels[query] == filter.key_labels[id];
+        count += !same && !(filter.exclude && filter.exclude[query] == id);
+      }
+    return count;
+  };
+  int64_t total = 0;
+  for (const Segment& s : segments) total += s.count;
+  for (int64_t i = 0; k && i < segments[0].query.rows; ++i) {
+    const float* row = scores + i * k;
+    const int64_t found = std::find(ids + i * k, ids + (i + 1) * k, -1) - (ids + i * k);
+    const bool complete = found == std::min(k, total) || found == std::min(k, wanted(i));
+    if (!complete || (found && (row[0] == kInf || row[found - 1] == -kInf))) throw Overflow(i);
+  }
+}
+
 }  // namespace
 
-int64_t packed_size(const Matrix& keys, int64_t count) {
+int64_t packed_size(const Matrix& keys, int64_t count, Metric metric) {
   const Kernels& kernel = kernels();
-  return kernel.packed_floats(keys) * ((count + kernel.pack_rows - 1) / kernel.pack_rows);
+  const int64_t block = kernel.packed_floats(keys, metric);
+  return block && count ? packed_centre(keys, metric) + block * ((count + kernel.pack_rows - 1) / kernel.pack_rows) : 0;
 }
 
 void pack(const Segment& s, Metric metric, float* out, int threads) {
   check_sizes(s);
   const Kernels& kernel = kernels();
-  const int64_t rows = 4 * kernel.pack_rows, floats = 4 * kernel.packed_floats(s.keys);
+  const int64_t rows = 4 * kernel.pack_rows, floats = 4 * kernel.packed_floats(s.keys, metric);
+  const float* centre = out;
+  if (metric == Metric::l2) {
+    const std::vector<float> found = centre_of(s);
+    std::copy(found.begin(), found.end(), out);
+    out += packed_centre(s.keys, metric);
+  }
   std::vector<int64_t> bad(1, kNone);
   parallel_for((s.count + rows - 1) / rows, threads_for(threads, 16, s.count, s.keys.dim),
                [&](int64_t n, Workspace& ws) {
                  kernel.pack({{s.keys, s.rows, 0, s.count},
                               metric,
+                              centre,
                               n * rows,
                               std::min(s.count, (n + 1) * rows),
                               bad.data(),
@@ -213,9 +297,8 @@ void pack(const Segment& s, Metric metric, float* out, int threads) {
 void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,
           int64_t* ids, int threads) {
   const int64_t B = segments[0].query.rows;
-  std::vector<Prepared> prepared;
+  std::deque<Prepared> prepared;
   std::vector<SearchSegment> parts;
-  prepared.reserve(segments.size());
   for (const Segment& s : segments) {
     check_sizes(s);
     if (!s.items) check_rows("exclude", filter.exclude, B, s.keys.rows);
@@ -237,6 +320,7 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
     else
       ++end;
   }
+  refuse_overflow(segments, k, filter, scores, ids);
 }
 
 void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t targets, float* out, int threads) {
@@ -253,17 +337,11 @@ void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t ta
     std::fill(out, out + B * targets, -kInf);
     return;
   }
-  const std::vector<float> query_factor = factors({s.query, nullptr, 0, B}, metric, "query", 0, threads);
-  const int64_t n_used = static_cast<int64_t>(used.size());
-  const std::vector<float> used_factor = factors({s.keys, used.data(), 0, n_used}, metric, "keys", 0, threads);
-  std::vector<float> key_factor(static_cast<size_t>(s.keys.rows));
-  for (size_t n = 0; n < used.size(); ++n) key_factor[used[n]] = used_factor[n];
-  const SearchSegment segment{s.query, s.keys, nullptr, s.keys.rows, s.scale, s.offset, query_factor.data(),
-                              nullptr, nullptr};
+  const Prepared prepared(s, metric, 0, threads);
+  const Factors checked({s.keys, used.data(), 0, static_cast<int64_t>(used.size())}, metric, "keys", 0, threads);
   const int64_t block = block_of(B, 4 * s.query.dim);
   parallel_for((B + block - 1) / block, threads_for(threads, B, targets, s.query.dim), [&](int64_t n, Workspace& ws) {
-    kernel.pair_scores(
-        {&segment, key_factor.data(), metric, n * block, std::min(block, B - n * block), ids, targets, out}, ws);
+    kernel.pair_scores({&prepared.segment, metric, n * block, std::min(block, B - n * block), ids, targets, out}, ws);
   });
 }
 

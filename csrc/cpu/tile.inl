@@ -3,7 +3,8 @@
 // Lanes are the stationary side (queries, or keys in the key gradient): L of them side by side in vector lanes, packed
 // as [words][L]. Rows are the streamed side, packed block by block as [chunk][row][64 words], so that a broadcast
 // operand sits at a constant distance. A word is one float, or two bf16 where the instruction set multiplies pairs.
-// Every product of a pair is added in the order of its dimensions, in every tile shape: one pair, one score.
+// Every product of a pair is added in the order of its dimensions, PIECE words at a time, in every tile shape: one
+// pair, one score.
 #include "kernels.h"
 
 namespace {
@@ -19,6 +20,7 @@ constexpr int L = NV * W;                   // lanes of a strip
 constexpr int MR = Simd::MR;                // rows of a register tile
 constexpr int NB = MR * (MR > 8 ? 8 : 16);  // rows of a packed block, even
 constexpr int CHUNK = 64;                   // words of a row that lie together
+constexpr int PIECE = 256;                  // words whose products are summed from zero before they join the others
 
 constexpr float kInf = __builtin_inff(), kNan = __builtin_nanf("");
 
@@ -315,30 +317,45 @@ inline __attribute__((always_inline)) void add_scores(const float* block, int fi
 template <class A, int R>
 inline __attribute__((always_inline)) void score_tile(const float* block, int first, const float* panel, int64_t words,
                                                       F (&acc)[R][NV]) {
-  clear(acc);
-  add_scores<A, R>(block, first, panel, 0, words, acc);
+  float total[R][L];
+  for (int64_t from = 0;;) {
+    clear(acc);
+    add_scores<A, R>(block, first, panel, from, smaller(words, from + PIECE), acc);
+    if (from) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = Simd::add(Simd::load(total[r] + v * W), acc[r][v]);
+    }
+    from += PIECE;
+    if (from >= words) return;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) Simd::store(total[r] + v * W, acc[r][v]);
+  }
 }
 
-// scores [n][L] of a whole packed block; meanwhile fetches part t of `strips` of the next one.
+// scores [n][L] of a whole packed block; meanwhile fetches part t of `strips` of the next one. A piece of a panel stays
+// in the first cache while the rows pass.
 template <class A>
 void score_block(const float* block, int n, const float* panel, int64_t words, float* scores, const Ahead& ahead) {
-  constexpr int64_t kWords = 256;  // of a panel, which stay in the first cache while the rows pass
-  for (int64_t from = 0; from == 0 || from < words; from += kWords)
+  for (int64_t from = 0; from == 0 || from < words; from += PIECE)
     for (int first = 0; first < n; first += MR) {
       if (from == 0) ahead.fetch(first / MR);
       with_count<MR>(smaller(n - first, MR), [&](auto rows) {
         constexpr int R = decltype(rows)::value;
         float* out = scores + first * L;
         F acc[R][NV];
+        clear(acc);
+        add_scores<A, R>(block, first, panel, from, smaller(words, from + PIECE), acc);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) acc[r][v] = from ? Simd::load(out + r * L + v * W) : Simd::set1(0.0f);
-        add_scores<A, R>(block, first, panel, from, smaller(words, from + kWords), acc);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) Simd::store(out + r * L + v * W, acc[r][v]);
+          for (int v = 0; v < NV; ++v) {
+            float* at = out + r * L + v * W;
+            Simd::store(at, from ? Simd::add(Simd::load(at), acc[r][v]) : acc[r][v]);
+          }
       });
     }
 }

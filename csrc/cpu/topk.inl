@@ -6,14 +6,13 @@ namespace {
 template <class A>
 void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, TopkState& state,
                    int64_t* bad, Workspace& ws) {
-  const PackedQueries<A> queries(s, item.metric, item.first_query, item.n_queries, ws);
-  const SegmentTerms constant(s, item.metric);
+  const PackedQueries<A> queries(s, item.first_query, item.n_queries, ws);
+  const SegmentTerms constant(s);
   float* block = ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK);
   const RowRange keys{s.keys, s.rows, 0, s.count};
   for (int64_t first = begin; first < end; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
-    pack_rows<A>(keys, first, n, block);
-    const BlockTerms terms(A{}, keys, item.metric, first, n, bad, ws);
+    const PackedKeys<A> terms(keys, item.metric, first, n, block, bad, ws);
     for (int t = 0; t < queries.strips; ++t) {
       float* threshold = state.threshold + t * L;
       state.refresh(t);
@@ -59,11 +58,12 @@ inline bool screening_pays(const TopkItem& item, const SearchSegment& s, int64_t
   return s.scale > 0 && item.k > 0 && keys >= 32 * item.k;
 }
 
-int64_t packed_floats([[maybe_unused]] const Matrix& keys) {
+// Floats of a packed block; none where a copy would save less than a quarter of the keys as floats.
+int64_t packed_floats([[maybe_unused]] const Matrix& keys, [[maybe_unused]] Metric metric) {
 #ifdef FASTCOMPAT_SCREEN
-  return with_search_arithmetic(keys, [&](auto a) {
-    return decltype(a)::PACK == 1 ? RoundedBlock::floats(words_of<Screen>(keys.dim)) : int64_t{0};
-  });
+  const int64_t row = RoundedBlock::kept_floats(words_of<Screen>(keys.dim));
+  return with_search_arithmetic(
+      keys, metric, [&](auto a) { return decltype(a)::PACK == 1 && 4 * row <= 3 * keys.dim ? NB * row : int64_t{0}; });
 #else
   return 0;
 #endif
@@ -71,11 +71,14 @@ int64_t packed_floats([[maybe_unused]] const Matrix& keys) {
 
 void pack_item([[maybe_unused]] const PackItem& item, [[maybe_unused]] Workspace& ws) {
 #ifdef FASTCOMPAT_SCREEN
-  const int64_t words = words_of<Screen>(item.keys.matrix.dim);
+  const int64_t words = words_of<Screen>(item.keys.matrix.dim), row = RoundedBlock::kept_floats(words);
+  const RoundedBlock block(ws.floats(kRows, RoundedBlock::floats(words)), words);
+  std::memset(block.rows, 0, static_cast<size_t>(RoundedBlock::floats(words)) * sizeof(float));
   float* out = item.out;
-  for (int64_t first = item.begin; first < item.end; first += NB, out += RoundedBlock::floats(words)) {
+  for (int64_t first = item.begin; first < item.end; first += NB, out += NB * row) {
     const int n = static_cast<int>(smaller<int64_t>(item.end - first, NB));
-    RoundedBlock(out, words).fill(item.keys, item.metric, first, n, item.bad, ws);
+    RoundedBlock(block).fill(item.keys, item.metric, item.centre, first, n, item.bad, ws);
+    block.store(out);
   }
 #endif
 }
@@ -83,15 +86,16 @@ void pack_item([[maybe_unused]] const PackItem& item, [[maybe_unused]] Workspace
 // The scores of a segment by the quickest way that is exact.
 void search_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
                     int64_t* bad, Workspace& ws) {
-  with_search_arithmetic(s.keys, [&](auto a) {
-    if (decltype(a)::PACK == 1 && screening_pays(item, s, end - begin)) {
-      if (item.n_queries <= kFew && !s.packed) return screen_few(item, s, begin, end, candidates, bad, ws);
+  with_search_arithmetic(s.keys, item.metric, [&](auto a) {
+    using A = decltype(a);
+    if (A::PACK == 1 && screening_pays(item, s, end - begin)) {
+      if (item.n_queries <= kFew && !s.packed) return screen_few<A>(item, s, begin, end, candidates, bad, ws);
 #ifdef FASTCOMPAT_SCREEN
       return screen_rounded(item, s, begin, end, candidates, bad, ws);
 #endif
     }
     candidates.settle_all();
-    score_segment<decltype(a)>(item, s, begin, end, candidates.state, bad, ws);
+    score_segment<A>(item, s, begin, end, candidates.state, bad, ws);
     for (int64_t q = 0; q < item.n_queries; ++q) candidates.mark_exact(q);
   });
 }

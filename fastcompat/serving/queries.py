@@ -97,6 +97,8 @@ def topk(
         if error.side == "keys":
             error.row += start
         _checks.refuse_nonfinite(error, [(query_name, key_name)] * len(places))
+    except _checks.ScoreOverflowError as error:
+        _checks.refuse_overflow(error.row, places[0][0])
 
 
 def _asked(queries: Mapping[str, Query], name: str) -> str:

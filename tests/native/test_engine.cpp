@@ -185,10 +185,10 @@ void search_case(DType type, int64_t B, int64_t N, int64_t D, int64_t k, int thr
   const std::vector<Segment> whole = {{q.matrix, keys.matrix, nullptr, N, 1, 0}};
   const std::vector<Segment> halves = {{q.matrix, keys.matrix, odd.data(), n_odd, 1, 0},
                                        {q.matrix, keys.matrix, even.data(), n_even, 1, 0}};
-  std::vector<float> packed(packed_size(keys.matrix, N));
-  const std::vector<Segment> kept = {
-      {q.matrix, keys.matrix, nullptr, N, 1, 0, packed.empty() ? nullptr : packed.data()}};
   for (Metric metric : {Metric::ip, Metric::l2}) {
+    std::vector<float> packed(packed_size(keys.matrix, N, metric));
+    const std::vector<Segment> kept = {
+        {q.matrix, keys.matrix, nullptr, N, 1, 0, packed.empty() ? nullptr : packed.data()}};
     if (!packed.empty()) pack(whole[0], metric, packed.data(), threads);
     for (const auto* segments : {&whole, &halves, &kept}) {
       std::vector<float> scores(B * k);
