@@ -185,8 +185,8 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """Best k scores and ids [B, k] over all segments; ties: smaller id first; missing: -inf and -1.
 
-    An id is an item's number, by default its row number in its segment's keys; `key_labels`
-    [N] is indexed by id, and keys with the query's label are skipped, as is `exclude`.
+    An id is an item's number, by default its row number in its segment's keys; `key_labels` is indexed by id,
+    and keys with the query's label are skipped, as is `exclude`.
     """
     found, numbers = [], []
     for number, part in enumerate(segments):
@@ -202,7 +202,8 @@ def topk(
     if query_labels is not None and key_labels is not None:
         left_out |= same_label(query_labels, key_labels[ids])
     if exclude is not None:
-        _checks.in_range("exclude", exclude, segments[0].keys.shape[0])
+        if segments[0].items is None:
+            _checks.in_range("exclude", exclude, segments[0].keys.shape[0])
         left_out |= ids == exclude[:, None]
     beyond = score.isinf() & ~left_out
     score = score.masked_fill(left_out, -torch.inf)

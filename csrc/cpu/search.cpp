@@ -244,7 +244,8 @@ void refuse_overflow(const std::vector<Segment>& segments, int64_t k, const Topk
     int64_t count = 0;
     for (const Segment& s : segments)
       for (int64_t at = 0; at < s.count; ++at) {
-        const int64_t id = s.rows ? s.rows[at] : at;
+        const int64_t row = s.rows ? s.rows[at] : at, id = s.items ? s.items[row] : row;
+        if (id < 0) continue;
         const bool same = filter.query_labels && filter.query_labels[query] >= 0 &&
                           filter.query_labels[query] == filter.key_labels[id];
         count += !same && !(filter.exclude && filter.exclude[query] == id);

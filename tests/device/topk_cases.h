@@ -40,13 +40,14 @@ inline uint64_t check_topk(std::vector<Part>& parts, int64_t k, Metric metric, c
     Ranked truth;
     for (const Part& part : parts)
       for (int64_t n = 0; n < part.count(); ++n) {
-        const int64_t id = part.row(n);
+        const int64_t row = part.row(n), id = part.items.empty() ? row : part.items[row];
+        if (id < 0) continue;
         if (!filter.exclude.empty() && filter.exclude[i] == id) continue;
         if (!filter.query_labels.empty() && filter.query_labels[i] >= 0 &&
             filter.query_labels[i] == filter.key_labels[id])
           continue;
         const float score =
-            score32(part.query.row(i), part.keys.row(id), part.keys.dim, metric, part.scale, part.offset);
+            score32(part.query.row(i), part.keys.row(row), part.keys.dim, metric, part.scale, part.offset);
         if (score > -INF) truth.push_back({score, id});
       }
     sort_ranked(truth);
