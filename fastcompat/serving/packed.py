@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -49,6 +50,7 @@ class PackedCache:
         self._kept: OrderedDict[Any, tuple[Packed, int]] = OrderedDict()
         self._lock = threading.Lock()
         self._search = 0
+        self.joined: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of `queries`
 
     def begin(self) -> int:
         """A search begins: its number."""
@@ -57,10 +59,10 @@ class PackedCache:
             return self._search
 
     def get(
-        self, owner: object, number: int, part: Part, keys: Tensor, metric: str, search: int
+        self, owner: object, start: int, part: Part, keys: Tensor, metric: str, search: int
     ) -> Packed | None:
         """The copy of this part, made in the second search of it; None where there is none."""
-        name = (owner, number, metric, _native.simd())
+        name = (owner, start, metric, _native.simd())
         with self._lock:
             found = self._kept.get(name)
             if found is not None and found[0].covers(part):
@@ -102,4 +104,5 @@ class PackedCache:
         """Forget all copies."""
         with self._lock:
             self._kept.clear()
+            self.joined.clear()
             self.used = 0

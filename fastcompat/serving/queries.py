@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..reference import Segment
 from .core import Core, View
 from .packed import PackedCache
 from .state import Generation, Part
-from .vectors import PART
+from .vectors import PART, MemoryVectors
 
 Array = np.ndarray[Any, Any]
 
@@ -46,7 +46,7 @@ def topk(
     for g, vectors, parts in view.parts:
         if allowed is not None:
             parts = [Part(np.where(allowed[part.items], part.items, np.int32(-1))) for part in parts]
-        needed = [(number, part) for number, part in enumerate(parts) if part.alive]
+        needed = _spans(vectors, parts, {} if allowed is not None else cache.joined)
         query = queries.get(g.name)
         count = sum(part.alive for _, part in needed)
         if query is None:
@@ -62,7 +62,7 @@ def topk(
         if not needed:
             continue
         core.check(g)
-        chosen += [(query, g, vectors, number, part) for number, part in needed]
+        chosen += [(query, g, vectors, start, part) for start, part in needed]
     if left_out:
         warnings.warn(
             f"{left_out} of {view.state.alive} items count with models whose query was not given, and were "
@@ -75,30 +75,66 @@ def topk(
         return first.new_full(shape, -torch.inf, dtype=dtype), first.new_full(shape, -1, dtype=torch.int64)
     native = all([_checks.takes_native(backend, query.values) for query in queries.values()])
     search, segments, packed, places = cache.begin(), [], [], []
-    for query, g, vectors, number, part in chosen:
-        keys = vectors.part(number, part.end)
-        _checks.same_device(query.name, query.values, g.name, keys)
-        copy = None
+    for query, g, vectors, start, part in chosen:
+        _checks.same_device(query.name, query.values, g.name, vectors.rows(1))
+        keys, copy = vectors.span(start, part.end), None
         if native and not keys.is_cuda and allowed is None:
-            copy = cache.get(vectors, number, part, keys, metric, search)
+            copy = cache.get(vectors, start, part, keys, metric, search)
         if copy is not None:
             rows = copy.rows
-            keys = vectors.part(number, copy.count)
+            keys = vectors.span(start, copy.count)
         else:
-            rows = None if part.alive == part.end else part.rows.to(keys.device)
-        items = torch.from_numpy(part.items[: len(keys)]).to(keys.device)
+            rows = None if part.alive == part.end else part.rows_on(keys.device)
+        items = part.items_on(keys.device)[: len(keys)]
         segments.append(Segment(query.values, keys, rows, g.scale, g.offset, items))
         packed.append(torch.empty(0) if copy is None else copy.values)
-        places.append((query.name, g.name, number * PART))
-    try:
-        return _search.topk(segments, k, metric, native=native, names=None, packed=packed)
-    except _checks.NonFiniteError as error:
-        query_name, key_name, start = places[error.segment]
-        if error.side == "keys":
-            error.row += start
-        _checks.refuse_nonfinite(error, [(query_name, key_name)] * len(places))
-    except _checks.ScoreOverflowError as error:
-        _checks.refuse_overflow(error.row, places[0][0])
+        places.append((query.name, g.name, start))
+    found, step = [], _segments_at_once(first)
+    for at in range(0, len(segments), step):
+        some = slice(at, at + step)
+        try:
+            found.append(
+                _search.topk(segments[some], k, metric, native=native, names=None, packed=packed[some])
+            )
+        except _checks.NonFiniteError as error:
+            query_name, key_name, start = places[at + error.segment]
+            if error.side == "keys":
+                error.row += start
+            _checks.refuse_nonfinite(error, [(query_name, key_name)] * len(places))
+        except _checks.ScoreOverflowError as error:
+            _checks.refuse_overflow(error.row, places[0][0])
+    return found[0] if len(found) == 1 else _merged(found, k)
+
+
+def _segments_at_once(query: Tensor) -> int:
+    """How many segments the engine takes: any number on the CPU."""
+    return 16 if query.is_cuda else 2**31
+
+
+def _merged(found: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The best k of several results of one gallery; of equal scores the smaller item first."""
+    scores, items = (torch.cat(part, 1) for part in zip(*found, strict=True))
+    by_item = torch.where(items < 0, 2**31, items).argsort(dim=1)
+    scores, items = scores.gather(1, by_item), items.gather(1, by_item)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, best), items.gather(1, best)
+
+
+def _spans(vectors: Any, parts: list[Part], joined: MutableMapping[Any, Any]) -> list[tuple[int, Part]]:
+    """Parts that count, with their first slots; on a GPU those of the base are joined."""
+    if not (isinstance(vectors, MemoryVectors) and vectors.device.type == "cuda"):
+        return [(PART * number, part) for number, part in enumerate(parts) if part.alive]
+    base = parts[: vectors.first // PART]
+    kept = joined.get(vectors)
+    if (
+        kept is None
+        or len(kept[0]) != len(base)
+        or any(a is not b for a, b in zip(kept[0], base, strict=True))
+    ):
+        items = np.concatenate([part.items for part in base] or [np.empty(0, np.int32)])
+        kept = joined[vectors] = base, Part(items[: vectors.count])
+    more = [(PART * (len(base) + number), part) for number, part in enumerate(parts[len(base) :])]
+    return [(start, part) for start, part in [(0, kept[1]), *more] if part.alive]
 
 
 def _asked(queries: Mapping[str, Query], name: str) -> str:

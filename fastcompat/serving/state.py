@@ -30,6 +30,7 @@ class Part:
     def __init__(self, items: Array) -> None:
         self.items = items
         self.searched = False
+        self._copy: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def alive(self) -> int:
@@ -41,10 +42,23 @@ class Part:
         """The slots that count, as rows of the part."""
         return torch.from_numpy(np.flatnonzero(self.items >= 0))
 
+    def rows_on(self, device: torch.device) -> Tensor:
+        """`rows` on this device."""
+        return self.rows if device.type == "cpu" else self._on(device)[1]
+
+    def items_on(self, device: torch.device) -> Tensor:
+        """`items` on this device."""
+        return torch.from_numpy(self.items) if device.type == "cpu" else self._on(device)[0]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._copy is None or self._copy[0].device != device:
+            self._copy = torch.from_numpy(self.items).to(device), self.rows.to(device)
+        return self._copy
+
     @cached_property
     def end(self) -> int:
         """One past the last slot that counts."""
-        if self.items[-1] >= 0:
+        if not len(self.items) or self.items[-1] >= 0:
             return len(self.items)
         rows = np.flatnonzero(self.items >= 0)
         return int(rows[-1]) + 1 if len(rows) else 0

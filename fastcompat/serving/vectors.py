@@ -85,10 +85,9 @@ class MappedVectors:
             self._whole = whole
         return whole
 
-    def part(self, number: int, count: int) -> Tensor:
-        """The first `count` slots of a part."""
-        first = number * PART
-        return self.rows(first + count)[first : first + count]
+    def span(self, start: int, count: int) -> Tensor:
+        """`count` slots from this one on."""
+        return self.rows(start + count)[start : start + count]
 
     def read(self, slots: np.ndarray[Any, Any]) -> Tensor:
         """Copies of these slots."""
@@ -153,11 +152,15 @@ class MemoryVectors:
         """The slots that were there first."""
         return self._base.rows(self.count) if isinstance(self._base, MappedVectors) else self._base
 
-    def part(self, number: int, count: int) -> Tensor:
-        """The first `count` slots of a part."""
-        if number * PART < self.first:
-            return self.base_rows()[number * PART : number * PART + count]
-        return self._more[number - self.first // PART][:count]
+    def rows(self, _count: int) -> Tensor:
+        """Some of its slots: what they are like."""
+        return self.base_rows() if isinstance(self._base, Tensor) else self._base.rows(0)
+
+    def span(self, start: int, count: int) -> Tensor:
+        """`count` slots from the start of a part on, all in the base or all in that part."""
+        if start < self.first:
+            return self.base_rows()[start : start + count]
+        return self._more[(start - self.first) // PART][:count]
 
     def read(self, slots: np.ndarray[Any, Any]) -> Tensor:
         """Copies of these slots."""
@@ -166,7 +169,7 @@ class MemoryVectors:
             mine = np.flatnonzero(slots // PART == number)
             size = min(PART, self.count - number * PART) if number * PART < self.first else PART
             rows = torch.from_numpy((slots[mine] % PART).astype(np.int64)).to(self.device)
-            out[torch.from_numpy(mine).to(self.device)] = self.part(number, size)[rows]
+            out[torch.from_numpy(mine).to(self.device)] = self.span(number * PART, size)[rows]
         return out
 
     def put(self, values: Tensor) -> np.ndarray[Any, Any]:

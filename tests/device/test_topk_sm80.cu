@@ -130,21 +130,7 @@ DEVICE_TEST_OF_VALUES(topk_all_keys_tie_over_segments) {
   check_topk(parts, 5, Metric::cosine);
 }
 
-// Numbers of items that fall and are spread over the segments; every fourth row is of none.
-DEVICE_TEST_OF_VALUES(topk_items_beside_rows) {
-  const int64_t n = 700;
-  std::vector<Part> parts;
-  for (int part = 0; part < 2; ++part) {
-    parts.push_back(part_of<bf16>(gauss(3, 24, 31), 3, duplicates(n, 24, 32, 40), n, 24));
-    for (int64_t j = 0; j < n; ++j) parts[part].items.push_back(j % 4 ? static_cast<int32_t>(2 * (n - j) + part) : -1);
-  }
-  parts[1].all = false;
-  for (int64_t j = 0; j < n; j += 3) parts[1].listed.push_back(j);
-  for (const Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
-    check_topk(parts, 60, metric);
-    check_topk(parts, 60, metric, {{}, {}, {2 * n - 2, -1, 5}});
-  }
-}
+DEVICE_TEST_OF_VALUES(topk_items_beside_rows) { check_items<bf16>(24); }
 
 // Partial sums that leave the range of float on tensor cores, but not in the order of score_of.
 DEVICE_TEST_OF_VALUES(topk_sums_that_overflow_on_the_way) {

@@ -416,3 +416,21 @@ def test_what_updates_leave_in_memory_is_given_back() -> None:
     assert isinstance(held, MemoryVectors) and len(held._more) <= 5
     assert gallery.vectors(np.array([0, n - 1]), "v2").tolist() == [[11] * 3, [n + 10] * 3]
     assert gallery.fraction == 1
+
+
+def test_segments_by_the_dozen_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the engine takes only so many of them at once."""
+    from fastcompat.serving import queries as searching
+
+    rng = np.random.default_rng(0)
+    n = 300_000
+    old = rng.integers(-1, 2, (n, 4)).astype(np.float32)  # ties by the thousand
+    gallery = fc.MixedGallery(old, model="v1", metric="ip")
+    gallery.begin("v2")
+    some = rng.permutation(n)[:3000]
+    gallery.update(some, rng.integers(-1, 2, (3000, 4)).astype(np.float32))
+    asked = {m: np.ones((3, 4), np.float32) for m in ("v1", "v2")}
+    whole = gallery.search(asked, 500)
+    monkeypatch.setattr(searching, "_segments_at_once", lambda _: 2)
+    parts = gallery.search(asked, 500)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
