@@ -18,6 +18,7 @@ import torch
 from upgrade import render, settings
 from upgrade.run import run
 
+from fastcompat._files import write_file
 from fastcompat.demo import load
 
 
@@ -48,7 +49,7 @@ def main() -> None:
         found = run(data, options, 1 if chosen.quick else chosen.seeds, chosen.out, chosen.validation)
     spent = sum(sum(seed.pop("cpu_seconds").values()) for seed in found["seeds"])
     results = chosen.out / "results.json"
-    results.write_text(json.dumps(found))
+    write_file(results, json.dumps(found).encode())
     tables, picture = render.write(results)
     print(tables.read_text())
     print(f"{spent / 60:.1f} CPU minutes. Written: {results}, {tables}, {picture}")

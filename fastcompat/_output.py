@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""The folder that a command writes its results to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from . import _files
 
 
 class OutputFolder:
@@ -22,17 +24,12 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         try:
-            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-            for folder in reversed(missing):
-                folder.mkdir()
-                self._made.append(folder)
+            self._made = _files.make_folder(self.path)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:
             self.__exit__()
-            raise ValueError(
-                f"`--out`: cannot write to the folder `{self.path}` ({error.strerror}); name another one"
-            ) from error
+            raise self._refusal(error) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,18 +38,25 @@ class OutputFolder:
                 folder.rmdir()
 
     def write(self, contents: Mapping[str, bytes]) -> list[Path]:
-        """Write all files under temporary names first, then rename them into place."""
+        """Write all files under other names first, then rename them into place."""
         pending: list[tuple[Path, Path]] = []
         try:
             for name, content in contents.items():
-                handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=self.path)
-                pending.append((Path(temporary), self.path / name))
-                with os.fdopen(handle, "wb") as file:
-                    file.write(content)
-                os.chmod(temporary, 0o644)
+                target = _files.real(self.path / name)
+                pending.append((_files.create(target.parent, ".", ".part", [content]), target))
             for source, target in pending:
                 os.replace(source, target)
+            for folder in {target.parent for _, target in pending}:
+                _files.sync_folder(folder)
+        except OSError as error:
+            raise self._refusal(error) from error
         finally:
             for source, _ in pending:
-                source.unlink(missing_ok=True)
-        return [target for _, target in pending]
+                with suppress(OSError):
+                    source.unlink(missing_ok=True)
+        return [self.path / name for name in contents]
+
+    def _refusal(self, error: OSError) -> ValueError:
+        return ValueError(
+            f"`--out`: cannot write to the folder `{self.path}` ({_files.reason(error)}); name another one"
+        )

@@ -71,9 +71,11 @@ def align(
         }
         file = io.BytesIO()
         transform.save(file)
-        written = folder.write(
-            {"transform.pt": file.getvalue(), "figures.json": json.dumps(figures, indent=1).encode()}
-        )
+        files = {"transform.pt": file.getvalue(), "figures.json": json.dumps(figures, indent=1).encode()}
+        try:
+            written = folder.write(files)
+        except ValueError as error:
+            fail(str(error))
     typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(str, written))}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _files
 from ._ranking import Relevant, Space, average_precision, best_first, cutoffs, full_sort_ranks
 from .functional import Array
 
@@ -83,7 +84,9 @@ class BackfillCurve:
             axes.grid(alpha=0.3)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
         if path is not None:
-            figure.savefig(path)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=Path(path).suffix[1:] or None)
+            _files.write_file(path, buffer.getvalue())
         return figure
 
 

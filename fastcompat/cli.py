@@ -105,7 +105,10 @@ def demo(
         files = report.pages(
             picture, found.to_dict(), title, found.description, rows, notes, seed=seed, seconds=seconds
         )
-        written = folder.write(files)
+        try:
+            written = folder.write(files)
+        except ValueError as error:
+            fail(str(error))
     typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(str, written))}")
 
 

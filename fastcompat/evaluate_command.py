@@ -79,5 +79,8 @@ def evaluate(
         files = report.pages(
             picture, figures, title, description, rows, notes, seed=seed, seconds=seconds, name=out.name
         )
-        written = folder.write(files)
+        try:
+            written = folder.write(files)
+        except ValueError as error:
+            fail(str(error))
     typer.echo(f"\nDone in {seconds:.0f} s. Written: {', '.join(map(str, written))}")

@@ -50,6 +50,9 @@ class Cache:
         value = make()
         made = {"key": key, "value": value, "seconds": time.process_time() - start}
         pending = path.with_suffix(".part")
-        torch.save(made, pending)
+        with pending.open("wb") as file:
+            torch.save(made, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(pending, path)
         return Stage(**made)

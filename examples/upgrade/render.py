@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fastcompat._files import write_file
 from fastcompat.report import png
 
 from .effects import EFFECTS
@@ -167,8 +168,9 @@ def write(results: Path) -> list[Path]:
     """The tables and the picture of a file of results, beside it: as `.md` and as `.png`."""
     found = json.loads(results.read_text())
     page, image = results.with_suffix(".md"), results.with_suffix(".png")
-    page.write_text("\n".join(f"### {title}\n\n{table}" for title, table in tables(found).items()))
-    image.write_bytes(png(picture(found)))
+    text = "\n".join(f"### {title}\n\n{table}" for title, table in tables(found).items())
+    write_file(page, text.encode())
+    write_file(image, png(picture(found)))
     return [page, image]
 
 

@@ -19,6 +19,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import _files
+
 SIZE = 28  # pixels; images from a folder or zip are resized to SIZE x SIZE
 MANY_CLASSES = 30  # from here on the models are judged on classes never trained on
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
@@ -77,13 +79,22 @@ def load(source: str) -> ImageSet:
                 raise ValueError(
                     f"`--data`: `{source}` is neither a folder nor a sound zip file ({error}); {HELP}"
                 ) from error
+            except OSError as error:
+                raise _unreadable(source, error) from error
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
             read = archive.read
         return _read_all(path.resolve().name, source, _by_class(names, source), read)
 
 
+def _unreadable(source: str, error: OSError) -> ValueError:
+    return ValueError(f"`--data`: cannot read `{source}` ({_files.reason(error)})")
+
+
 def _walk(root: Path) -> Iterator[str]:
-    for folder, _, files in os.walk(root):
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename, error) from error  # a class that is left out would go unnoticed
+
+    for folder, _, files in os.walk(root, onerror=refuse):
         for file in files:
             yield (Path(folder) / file).relative_to(root).as_posix()
 

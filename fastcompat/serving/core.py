@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +121,14 @@ class Core:
         gid, slots = self._reserved(name, width, dtype, len(values))
         rows = raw(values)
         vectors = self.folder.vectors(gid)
-        vectors.write(slots, rows)
+        try:
+            vectors.write(slots, rows)
+        except OSError:
+            self._free.clear()
+            with suppress(OSError, ValueError), self._locked():
+                self._caught_up()
+                self._folder().give_back(gid, int(slots[0]))
+            raise
         self._dirty.add(gid)
         return gid, slots, checksums(rows)
 

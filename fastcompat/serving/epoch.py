@@ -99,16 +99,28 @@ def write(
             "journal": files["journal"], **values,
         }  # fmt: skip
         layout.write_manifest(path, manifest)
+        layout.put_manifest(path)
     except BaseException:
-        for file in [*written, path / (layout.MANIFEST + ".new")]:
-            with suppress(OSError):
-                file.unlink()
+        if not _may_count(path, store, epoch):
+            for file in [*written, path / (layout.MANIFEST + ".new")]:
+                with suppress(OSError):
+                    file.unlink()
         raise
-    layout.put_manifest(path)
     kept = {layout.MANIFEST, *files.values()}
     kept |= {f"vectors-{epoch}-{g['gid']}.fcg" for g in generations if g["gid"] is not None}
     with suppress(OSError):  # what stays behind goes with the next epoch
         layout.remove_others(path, kept)
+
+
+def _may_count(path: Path, store: bytes, epoch: int) -> bool:
+    """Whether the manifest of this epoch may be in its place; also where that cannot be found out."""
+    try:
+        found = layout.read_manifest(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return (found.get("store"), found.get("epoch")) == (store.hex(), epoch)
 
 
 def _write_vectors(file: Path, g: Generation, slots: Array, items: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._files import locked
 from . import layout
 from .layout import DamagedError, Head, Record
 from .vectors import DTYPES, NAMES, MappedVectors
@@ -134,7 +134,7 @@ class Folder:
             for epoch, length, last in m["ancestors"]:
                 if epoch == self.epoch and self._leads_to(length, bytes.fromhex(last)):
                     raise NewEpochError
-        raise self._stale()
+        raise stale(self.path)
 
     def _leads_to(self, length: int, last: bytes) -> bool:
         """Whether the old journal goes on from here to this digest: the new epoch holds what was seen."""
@@ -149,18 +149,12 @@ class Folder:
     def _refuse_another_history(self) -> None:
         size = os.fstat(self.journal).st_size
         if size < self.end:
-            raise self._stale()
+            raise stale(self.path)
         if (
             self._last_at
             and layout.read_at(self.journal, layout.RECORD.size, self._last_at)[40:56] != self.last
         ):
-            raise self._stale()
-
-    def _stale(self) -> StaleError:
-        return StaleError(
-            f"`path`: the folder `{self.path}` was replaced or put back from a backup since this gallery "
-            "opened it; open it again, and apply the changes that are not in it once more"
-        )
+            raise stale(self.path)
 
     def _read_on(self) -> None:
         committed, _, _ = layout.read_head(self.head, self._head)
@@ -180,6 +174,7 @@ class Folder:
                 it["gid"], {k: it[k] for k in ("name", "width", "dtype")} | {"end": 0}
             )
             known["end"] = max(known["end"], it["first"] + it["count"])
+            known["taken"] = it["count"]  # by the latest
             self.next_gid = max(self.next_gid, it["gid"] + 1)
         else:
             self.queue.append((self.end, record.number, self.last))
@@ -243,6 +238,14 @@ class Folder:
         self.vectors(gid).reserve(first + count)
         return gid, first
 
+    def give_back(self, gid: int, first: int) -> None:
+        """Free the room of slots from this one on, which could not be written; under the lock, caught up.
+
+        They stay taken. Where another writer has taken some behind them since, nothing is freed.
+        """
+        if self.files[gid]["end"] <= first + self.files[gid]["taken"]:
+            self.vectors(gid).cut(first)
+
     def commit(self, what: dict[str, Any], arrays: list[np.ndarray[Any, Any]]) -> None:
         """Append a record that counts, under the lock, all caught up."""
         self._append(layout.COMMIT, what, arrays, sync=True)
@@ -305,12 +308,9 @@ class Folder:
         return found
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a folder against other writers, processes and threads alike."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)  # which gives the lock back
+def stale(path: Path) -> StaleError:
+    """The error for a folder of another history."""
+    return StaleError(
+        f"`path`: the folder `{path}` was replaced or put back from a backup since this gallery opened it; "
+        "open it again, and apply the changes that are not in it once more"
+    )

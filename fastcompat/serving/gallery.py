@@ -24,6 +24,7 @@ from .vectors import MemoryVectors
 
 Given = Tensor | np.ndarray[Any, Any]
 CACHE = 1 << 30
+FORMAT_1_READ = ("backfilled", "ids")  # arrays that are checked when such a gallery is loaded
 SECOND = "new"  # the name of the second model where none is begun
 
 
@@ -122,7 +123,7 @@ class MixedGallery:
             raise ValueError(f"`cache_bytes` must be at least 0: got {budget}")
         self._core, self._backend = core, backend
         self._cache_bytes, self._cache = cache_bytes, PackedCache(budget)
-        self._origin: saving.Origin | None = None  # where an in-memory gallery was saved or loaded
+        self._origins: saving.Origins = {}  # where an in-memory gallery was saved or loaded
         self._closed = False
 
     # --- in a folder
@@ -665,15 +666,17 @@ class MixedGallery:
     def save(self, path: str | Path) -> None:
         """Write the gallery into a folder (made if missing), format 2.
 
-        Saved again into the folder that it was saved to or loaded from, only what changed since is written,
-        after what other writers committed there; another gallery there is replaced, whole until the new one
-        is.
+        Saved again into the folder that it was saved to or loaded from last, only what changed since is
+        written, after what other writers committed there. Another gallery is replaced, and stays whole until
+        the new one is on the disk; but a folder that this gallery was saved to or loaded from, and that holds
+        another history now, is refused.
 
         Raises:
-            ValueError: the folder cannot be made or written, or was put back from a backup meanwhile.
+            ValueError: the folder cannot be made or written, holds a newer format, or was replaced or put
+                back from a backup meanwhile. What is there stays whole.
         """
         try:
-            self._origin = saving.save(Path(path), self._open(), self._origin)
+            saving.save(Path(path), self._open(), self._origins)
         except OSError as error:
             raise ValueError(
                 f"`path`: cannot write to the folder `{path}` ({error.strerror}); name another one"
@@ -687,34 +690,62 @@ class MixedGallery:
         device: torch.device | str = "cpu",
         cache_bytes: int | None = None,
         backend: str = "auto",
+        verify: bool = False,
     ) -> MixedGallery:
         """The gallery of a folder (formats 1 and 2), memory-mapped; updates stay in memory until saved.
 
+        Args:
+            path: the folder.
+            device: where the vectors go; other devices than the CPU read them all.
+            cache_bytes: memory for packed copies (None: 1 GiB; 0: none).
+            backend: "auto", "native" or "reference".
+            verify: read and check every byte now; otherwise each vector when it is first read (of format 1:
+                never).
+
         Raises:
-            ValueError: no gallery there, one of another version, or a damaged file.
+            ValueError: no gallery there, one of another version, or a damaged file, by name.
         """
+        _checks.choice("backend", backend, _checks.BACKENDS)
         folder = Path(path)
         try:
-            version = layout.read_manifest(folder).get("version")
+            found = layout.read_manifest(folder)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"`path` must be a folder that `save` wrote: no {layout.FORMAT} in `{path}`"
             ) from None
-        if version == 1:
-            arrays, values, *_ = _folder.load(folder, layout.FORMAT)
+        except OSError as error:
+            raise ValueError(
+                f"`path`: cannot read `{folder / layout.MANIFEST}` ({error.strerror})"
+            ) from error
+        if found.get("version") == 1:
+            arrays, values, _ = _folder.load(folder, layout.FORMAT, None if verify else FORMAT_1_READ)
             values |= {name: array.to(device) for name, array in arrays.items()}
-            return cls(**values, cache_bytes=cache_bytes, backend=backend)
-        core, origin = saving.load(folder, torch.device(device))
+            try:
+                gallery = cls(**values, cache_bytes=cache_bytes, backend=backend)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"`path`: `{folder / layout.MANIFEST}` is damaged ({error})") from error
+            gallery._origins[folder.resolve()] = saving.Origin(folder.resolve(), None, found)
+            return gallery
+        try:
+            if verify and (wrong := saving.damages(folder)):
+                raise DamagedError(f"`path`: {len(wrong)} damages in `{path}`; the first: {wrong[0]}")
+            core, origin = saving.load(folder, torch.device(device))
+        except OSError as error:
+            raise ValueError(f"`path`: cannot read the folder `{path}` ({error.strerror})") from error
         gallery = cls.__new__(cls)
         gallery._finish(core, cache_bytes, backend)
-        gallery._origin = origin
+        gallery._origins[origin.path] = origin
         return gallery
 
     def verify(self) -> list[str]:
-        """What is damaged in the folder, by name; [] = sound. Reads every byte that counts."""
+        """What is damaged in the gallery's folder, by name; [] = sound. Reads every byte that counts."""
         core = self._open()
-        folder = core.folder.path if core.folder is not None else self._origin.path if self._origin else None
-        return [] if folder is None else saving.damages(folder)
+        folders = (
+            [core.folder.path]
+            if core.folder is not None
+            else [origin.path for origin in self._origins.values() if origin.folder is not None]
+        )
+        return [one for folder in folders for one in saving.damages(folder)]
 
     def check(self, encoder: Callable[[Any], Given], model: str) -> float:
         """Re-embed up to 32 items and refuse an encoder that is not the one that made this model's vectors.

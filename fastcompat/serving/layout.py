@@ -40,6 +40,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._files import read_file
+
 FORMAT, VERSION = "fastcompat.MixedGallery", 2
 MANIFEST = "manifest.json"
 OURS = re.compile(r"(head|journal|base|vectors)-\d+(-\d+)?\.fcg(\.new)?|manifest\.json\.new")
@@ -130,18 +132,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of any format; only a missing one is FileNotFoundError."""
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
+        found = json.loads(read_file(path))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise damaged(path, "not JSON") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"`path` must be a folder that `save` wrote: no {FORMAT} in `{folder}`")
+    except ValueError as error:  # a number of too many digits, a device
+        raise damaged(path, str(error)) from None
+    if not isinstance(found, dict):
+        raise damaged(path, "no JSON object")
+    if found.get("format") != FORMAT:
+        raise ValueError(
+            f"`path` must be a folder that `save` wrote: no {FORMAT} in `{folder}` (`{MANIFEST}` says "
+            f"{found.get('format')!r})"
+        )
     version = found.get("version")
     if version == 1:
         return found
     if version != VERSION:
         raise ValueError(
             f"`path` must hold version 1 or {VERSION} of {FORMAT}: got {version!r}; "
-            "open it with the version of fastcompat that wrote it"
+            f"open it with the version of fastcompat that wrote it (`{path}`)"
         )
     sum_ = found.pop("checksum", None)
     if sum_ != digest(json.dumps(found, sort_keys=True).encode()).hex():

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .._files import locked
 from . import epoch, layout
 from .changes import Change
 from .core import Core
-from .folder import Folder, NewEpochError, locked
+from .folder import Folder, NewEpochError, stale
 from .ids import Ids, shown
 from .layout import DamagedError
 from .state import Generation, State
@@ -21,10 +22,14 @@ from .vectors import MappedVectors, MemoryVectors, chunks
 
 
 class Origin(NamedTuple):
-    """The folder that an in-memory gallery was saved to or loaded from, and the history that it knows."""
+    """A folder that an in-memory gallery was saved to or loaded from, and the history that it knows."""
 
     path: Path
-    folder: Folder
+    folder: Folder | None
+    manifest: dict[str, Any]  # of format 1, which has no history
+
+
+Origins = dict[Path, Origin]  # the latest one last
 
 
 def create(path: Path, core: Core) -> None:
@@ -48,21 +53,33 @@ def _write(path: Path, core: Core, number: int) -> None:
         ) from None
 
 
-def save(path: Path, core: Core, origin: Origin | None) -> Origin:
-    """Bring the state into a folder: what changed, where it is the one that it came from; else all of it."""
+def save(path: Path, core: Core, origins: Origins) -> None:
+    """Bring the state into a folder: what changed, where it is the one of the last save or load; else all."""
     if core.folder is not None:
         raise ValueError("this gallery lives in a folder: `commit` it there, or write a `snapshot` elsewhere")
     path.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()
     with core.mutex:
-        found = _there(path)
-        if origin is not None and found is not None and found.get("store") == origin.folder.store.hex():
-            with suppress(NewEpochError):  # StaleError is the point: another history
-                origin.folder.catch_up()
-            _append(path, core)
+        known, found = origins.get(path), _there(path)
+        if known is not None and known.folder is None and found not in (None, known.manifest):
+            raise stale(path)
+        if known is not None and known.folder is not None and found is not None:
+            if found.get("store") != known.folder.store.hex():
+                raise stale(path)
+            end = known.folder.end
+            with suppress(NewEpochError):
+                known.folder.catch_up()
+            if path == next(reversed(origins)):
+                _append(path, core)
+            elif (known.folder.end, known.folder.epoch) == (end, found["epoch"]):
+                _replace(path, core)
+            else:
+                raise stale(path)
         else:
             _replace(path, core)
         core.pending, core.keeps_changes = [], True
-        return Origin(path, Folder(path, writable=False))
+        origins.pop(path, None)
+        origins[path] = Origin(path, Folder(path, writable=False), {})
 
 
 def _replace(path: Path, core: Core) -> None:
@@ -136,7 +153,7 @@ def load(path: Path, device: torch.device) -> tuple[Core, Origin]:
     core = Core.open(path, writable=False)
     folder = core.folder
     assert folder is not None
-    core.folder = None
+    core.folder, core.keeps_changes = None, True
     for g in core.state.generations:
         vectors = g.vectors
         if g.gid is None or vectors is None:
@@ -149,7 +166,8 @@ def load(path: Path, device: torch.device) -> tuple[Core, Origin]:
             core.adopt(g.gid, MemoryVectors(vectors.rows(g.end)[: g.end].to(device), g.end))
         g.vectors = core.attach(g.gid)
     core.publish()
-    return core, Origin(path, folder)
+    path = path.resolve()
+    return core, Origin(path, folder, {})
 
 
 def damages(path: Path) -> list[str]:

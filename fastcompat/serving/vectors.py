@@ -101,6 +101,11 @@ class MappedVectors:
             end += -end % GROWTH  # so that it is mapped again only now and then
             os.ftruncate(self._handle, end * self.bytes)
 
+    def cut(self, end: int) -> None:
+        """Give back the room from this slot on."""
+        os.ftruncate(self._handle, end * self.bytes)
+        self._whole = self._whole[:end]
+
     def write(self, slots: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
         """Write rows of bytes into slots that nothing reads; neighbours go in one piece."""
         starts = np.flatnonzero(np.diff(slots, prepend=-2) != 1)
@@ -112,8 +117,9 @@ class MappedVectors:
         os.fdatasync(self._handle)
 
     def __del__(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)  # what is mapped stays as long as a search reads it
+        with suppress(OSError):
+            if self._handle >= 0:
+                os.close(self._handle)  # what is mapped stays as long as a search reads it
 
 
 class MemoryVectors:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any, TypeVar
 
@@ -12,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import _checks, reference
+from .. import _checks, _files, reference
 
 _BLOCK = 8192  # rows of `transform` at a time
 
-Path = str | os.PathLike[str]
+Path = _files.AnyPath
 File = Path | IO[bytes]
 Self = TypeVar("Self", bound="Transform")
 
@@ -28,11 +31,30 @@ class Transform(nn.Module):
         inputs: what `forward` takes, with the columns of each.
         outputs: what `forward` returns.
         options: the constructor's arguments, kept in the file.
+
+    Attributes:
+        fitted: whether the weights were learned or loaded; without that `transform`, `save` and `to_onnx`
+            refuse. After a training loop of your own set it to True.
     """
 
     def __init__(self, inputs: dict[str, int], outputs: tuple[str, ...], options: dict[str, Any]) -> None:
         super().__init__()
-        self.inputs, self.outputs, self.options = inputs, outputs, options
+        self.inputs, self.outputs = inputs, outputs
+        # The file takes Python's own numbers alone.
+        self.options = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
+        self.fitted = False
+
+    def check_fitted(self) -> None:
+        """The weights were learned or loaded, not only drawn."""
+        if not self.fitted:
+            raise ValueError(
+                f"`fit` must be called before a {type(self).__name__} transform is used (or `load`; after a "
+                "training loop of your own set `fitted` to True)"
+            )
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*arguments, **named)
+        self.fitted = True
 
     def check_inputs(self, *features: Tensor) -> None:
         """Every input is a matrix of the width that this transform was made for."""
@@ -53,11 +75,15 @@ class Transform(nn.Module):
 
         Returns:
             What `forward` returns, as NumPy arrays if the first input is one, else on its device.
+
+        Raises:
+            ValueError, TypeError: arguments that do not fit; a transform that was never fitted.
         """
         if len(features) != len(self.inputs):
             wanted = " and ".join(f"`{name}`" for name in self.inputs)
             raise TypeError(f"`transform` takes {wanted}: got {len(features)} arrays")
         tensors = _same_rows(dict(zip(self.inputs, features, strict=True)))
+        self.check_fitted()
         blocks: list[tuple[Tensor, ...]] = []
         with evaluating(self):
             for block in zip(*(torch.split(value, _BLOCK) for value in tensors), strict=True):
@@ -68,48 +94,91 @@ class Transform(nn.Module):
         return given[0] if len(given) == 1 else tuple(given)
 
     def save(self, path: File) -> None:
-        """Write constructor arguments and weights to a file, by path or open; nothing in it is executable."""
-        torch.save({"kind": type(self).__name__, "options": self.options, "state": self.state_dict()}, path)
+        """Write constructor arguments and weights to a file, by path or open; nothing in it is executable.
+
+        By path the file appears complete or not at all: what was there before stays until the new one is on
+        the disk. The file carries a checksum (SHA-256) of all that it holds.
+
+        Raises:
+            ValueError: the transform was never fitted.
+            OSError: the file cannot be written; the one that was there is whole.
+        """
+        self.check_fitted()
+        saved: dict[str, Any] = {
+            "kind": type(self).__name__,
+            "options": self.options,
+            "state": self.state_dict(),
+        }
+        content = io.BytesIO()
+        torch.save(saved | {"sha256": _sha256(**saved)}, content)
+        if isinstance(path, (str, os.PathLike)):
+            _files.write_file(path, content.getvalue())
+        else:
+            path.write(content.getvalue())
 
     @classmethod
     def load(cls: type[Self], path: File) -> Self:
-        """A transform from its file, on the CPU and in eval mode."""
+        """A transform from its file, on the CPU and in eval mode.
+
+        Raises:
+            ValueError: what is there is not a whole file of such a transform: of another kind, or damaged.
+            OSError: the file cannot be read.
+        """
+        if isinstance(path, (str, os.PathLike)):
+            name, content = os.fspath(path), _files.read_file(path)
+        else:
+            name, content = getattr(path, "name", "the open file"), path.read()
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            kind, options, state = saved["kind"], saved["options"], saved["state"]
-        except OSError:
-            raise
-        except Exception as error:
-            raise ValueError(f"`path` must be a file written by `save`: {path} is not one") from error
+            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            sha256 = saved.pop("sha256", None)  # earlier versions wrote none
+            kind, options, state = saved.pop("kind"), saved.pop("options"), saved.pop("state")
+            if saved:
+                raise ValueError(f"it also holds {', '.join(map(repr, saved))}")
+            if sha256 is not None and sha256 != _sha256(kind, options, state):
+                raise ValueError("its checksum does not fit")
+        except Exception as error:  # torch raises a dozen types for a damaged file
+            raise ValueError(
+                f"`path` must be a file written by `save`: {name} is not one, or it is damaged ({error})"
+            ) from error
         if kind != cls.__name__:
-            raise ValueError(f"`path` must hold a {cls.__name__}: {path} holds a {kind}")
-        transform = cls(**options)
-        transform.load_state_dict(state)
+            raise ValueError(f"`path` must hold a {cls.__name__}: {name} holds a {kind}")
+        try:
+            transform = cls(**options)
+            transform.load_state_dict(state)
+        except Exception as error:
+            raise ValueError(
+                f"`path` must be a file written by `save`: {name} is damaged ({error})"
+            ) from error
         return transform.eval()
 
     def to_onnx(self, path: Path) -> None:
         """Write an ONNX model with the inputs of `forward` by name, for any number of rows.
 
+        The file appears complete or not at all.
+
         Raises:
+            ValueError: the transform was never fitted.
+            OSError: the file cannot be written; the one that was there is whole.
             ImportError: without onnx and onnxscript (`pip install "fastcompat[onnx]"`).
         """
         try:
             import onnxscript  # noqa: F401
         except ImportError:
             raise ImportError('`to_onnx` needs onnxscript: pip install "fastcompat[onnx]"') from None
+        self.check_fitted()
         rows = torch.export.Dim("rows")
         with evaluating(self):
-            torch.onnx.export(
+            program = torch.onnx.export(
                 self,
                 tuple(self.like_weights(torch.zeros(2, width)) for width in self.inputs.values()),
-                path,
                 input_names=tuple(self.inputs),
                 output_names=self.outputs,
                 dynamic_shapes=({0: rows},) * len(self.inputs),
                 dynamo=True,
-                external_data=False,
                 verbose=False,
             )
+        assert program is not None
+        _files.write_file(path, program.model_proto.SerializeToString())
 
 
 @contextmanager
@@ -122,6 +191,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def _sha256(kind: str, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """Of all that a file of a transform holds: names, shapes, dtypes and every byte of the weights."""
+    weights = [(name, str(value.dtype), list(value.shape)) for name, value in state.items()]
+    found = hashlib.sha256(json.dumps([kind, dict(options), weights]).encode())
+    for value in state.values():
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def reset(module: nn.Module) -> None:

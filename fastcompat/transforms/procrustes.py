@@ -33,8 +33,7 @@ class Procrustes(Transform):
 
     def forward(self, src: Tensor) -> Tensor:
         """`src` [B, d_src] rotated into the other space [B, d_dst]."""
-        if not self.inputs["src"]:
-            raise ValueError("`fit` must be called before a Procrustes transform is used")
+        self.check_fitted()
         self.check_inputs(src)
         return src @ self.rotation
 
@@ -56,4 +55,5 @@ class Procrustes(Transform):
         self.inputs = {"src": x.shape[1]}
         self.options = {"d_src": x.shape[1], "d_dst": y.shape[1]}
         self.rotation = (left @ right).to(self.rotation)
+        self.fitted = True
         return self

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from .base import reset
+from .base import Transform, reset
 
 STEPS, SMALLEST = 8, 64  # few rows: a batch shrinks to give an epoch this many steps, but not below this
 
@@ -51,7 +51,7 @@ class Training:
             )
 
     def run(
-        self, modules: Sequence[nn.Module], count: int, loss: Callable[[Tensor], Tensor], title: str
+        self, modules: Sequence[Transform], count: int, loss: Callable[[Tensor], Tensor], title: str
     ) -> list[tuple[float, float]]:
         """Train `modules` from anew on `loss(rows [B])` of `count` rows, and leave them in eval mode.
 
@@ -71,11 +71,16 @@ class Training:
             )
         body = nn.ModuleList(modules)
         device = next(body.parameters()).device
+        for module in modules:
+            module.fitted = False  # until this ends: an interrupted training has spoiled the weights
         with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             reset(body)
             order = torch.randperm(count)
-            return self._epochs(body, order[:kept], order[kept:], loss, title)
+            history = self._epochs(body, order[:kept], order[kept:], loss, title)
+        for module in modules:
+            module.fitted = True
+        return history
 
     def _epochs(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,18 @@ def test_files_that_are_none(arrays: Arrays, tmp_path: Path):
     (tmp_path / "to").write_text("a file")
     result = CliRunner().invoke(app, ["align", *options, "--out", str(tmp_path / "to")])
     assert result.exit_code == 2 and "`--out`: cannot write to the folder" in result.output
+
+
+def test_a_disk_that_is_full_in_the_end(arrays: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    result = call(tmp_path, arrays, "--method", "procrustes")
+    assert result.exit_code == 2
+    assert "error: `--out`: cannot write to the folder" in result.output
+    assert "(No space left on device); name another one" in result.output
+    assert not (tmp_path / "to").exists()
 
 
 def test_needs_no_extra(arrays: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ import os
 import re
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -300,20 +301,61 @@ def test_what_a_killed_save_left_behind_goes_with_the_next(tmp_path: Path) -> No
 
 
 def test_saves_into_one_folder_wait_for_one_another(tmp_path: Path) -> None:
-    galleries = [fc.MixedGallery(OLD + i) for i in range(4)]
+    """Of galleries that know nothing of one another the last stays; of one gallery, the latest state."""
+    wrong: list[BaseException] = []
+    one = fc.MixedGallery(OLD)
 
-    def save(gallery: fc.MixedGallery) -> None:
-        for _ in range(10):
-            gallery.save(tmp_path)
+    def anew(turn: int) -> None:
+        for again in range(10):
+            fc.MixedGallery(OLD + (turn + 4 * again)).save(tmp_path / "many")
 
-    threads = [threading.Thread(target=save, args=(gallery,)) for gallery in galleries]
+    def on(turn: int) -> None:
+        for row in range(turn, N, 4):
+            one.update(torch.tensor([row]), NEW[row][None])
+            one.save(tmp_path / "one")
+
+    def run(work: Callable[[int], None], turn: int) -> None:
+        try:
+            work(turn)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(work, turn)) for work in (anew, on) for turn in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = fc.MixedGallery.load(tmp_path).search(QUERY_OLD, None, 9)
-    assert any(same(found, gallery.search(QUERY_OLD, None, 9)) for gallery in galleries)
-    assert len(names_in(tmp_path)) == 5
+    assert not wrong
+    found = fc.MixedGallery.load(tmp_path / "many", verify=True).search(QUERY_OLD, None, 9)
+    assert any(same(found, fc.topk(QUERY_OLD, OLD + shift, 9)) for shift in range(36, 40))
+    assert len(names_in(tmp_path / "many")) == 5
+    last = fc.MixedGallery.load(tmp_path / "one", verify=True)
+    assert last.fraction == 1 and same(last.search(None, QUERY_NEW, 9), fc.topk(QUERY_NEW, NEW, 9))
+
+
+def test_a_gallery_that_was_replaced_is_refused(tmp_path: Path) -> None:
+    """What is known of one folder is not forgotten in another."""
+    refused = pytest.raises(ValueError, match="was replaced or put back from a backup since")
+    fc.MixedGallery(OLD).save(tmp_path / "a")
+    first, second = (fc.MixedGallery.load(tmp_path / "a") for _ in range(2))
+    for gallery, rows in ((first, SOME), (second, OTHERS)):
+        gallery.update(rows, NEW[rows])
+        gallery.save(tmp_path / "a")  # the later one keeps the earlier one's work
+    both = fc.MixedGallery.load(tmp_path / "a", verify=True)
+    assert both.fraction == len([*SOME, *OTHERS]) / N
+    both.save(tmp_path / "b")
+    first.update(SOME[:1], NEW[:1])
+    first.save(tmp_path / "a")
+    both.update(SOME[1:2], NEW[:1])
+    with refused:
+        both.save(str(tmp_path) + "/a/.")
+    half_done().save(tmp_path / "a")
+    with refused:
+        first.save(tmp_path / "a")
+    for file in (tmp_path / "a").iterdir():
+        file.unlink()
+    first.save(tmp_path / "a")  # nothing is there that could be lost
+    assert same(search(fc.MixedGallery.load(tmp_path / "a")), search(first))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -330,7 +372,7 @@ def test_load_refuses_what_is_no_gallery(tmp_path: Path) -> None:
     refused("`path` must be a folder that `save` wrote: no fastcompat.MixedGallery in")
     manifest = tmp_path / "manifest.json"
     manifest.write_text("[]")
-    refused("`path` must be a folder that `save` wrote")
+    refused("`path`: the file `.*manifest.json` is damaged .no JSON object.")
     manifest.unlink()
     half_done().save(tmp_path)
     good = manifest.read_text()
@@ -346,20 +388,20 @@ def test_load_refuses_what_is_no_gallery(tmp_path: Path) -> None:
 
 
 def test_a_gallery_saved_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gallery = half_done()
-    gallery.save(tmp_path)
+    half_done().save(tmp_path)
+    last = half_done()
+    last.update(OTHERS, NEW[OTHERS])
     read, saved = layout.map_base, []
 
     def slow_read(*arguments: Any) -> Any:
         if not saved:
             saved.append(True)
-            gallery.update(OTHERS, NEW[OTHERS])
             fc.MixedGallery(OLD + 1).save(tmp_path)
-            gallery.save(tmp_path)
+            last.save(tmp_path)
         return read(*arguments)
 
     monkeypatch.setattr(layout, "map_base", slow_read)
-    assert same(search(fc.MixedGallery.load(tmp_path)), search(gallery))
+    assert same(search(fc.MixedGallery.load(tmp_path)), search(last))
 
 
 @pytest.mark.parametrize("array", (False, True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 
 import numpy as np
@@ -141,6 +143,65 @@ TYPES = [
 def test_message(call, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         call()
+
+
+def unfitted():
+    yield fc.ForwardTransform(6, 8), (OLD,)
+    yield fc.ForwardTransform(6, 8, 3, log_variance=True), (OLD, S)
+    yield fc.ReverseQueryTransform(8, 6), (NEW,)
+    yield fc.ResidualHead(8), (NEW,)
+    yield fc.Procrustes(), (OLD,)
+    yield fc.Procrustes(6, 6), (OLD,)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_an_unfitted_transform_refuses(number, tmp_path):
+    transform, features = list(unfitted())[number]
+    message = f"^`fit` must be called before a {type(transform).__name__} transform is used"
+    for copied in (transform, copy.deepcopy(transform), pickle.loads(pickle.dumps(transform))):
+        for call in (
+            lambda t: t.transform(*features),
+            lambda t: t.save(tmp_path / "it.pt"),
+            lambda t: t.to_onnx(tmp_path / "it.onnx"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(copied)
+    assert not list(tmp_path.iterdir())
+    if transform.options.get("d_src") == 0:
+        return
+    trained, loaded = list(unfitted())[number][0], list(unfitted())[number][0]
+    trained.fitted = True  # after a training loop of one's own
+    trained.save(tmp_path / "it.pt")
+    loaded.load_state_dict(trained.state_dict())
+    nested = torch.nn.ModuleDict({"adapter": list(unfitted())[number][0]})
+    nested.load_state_dict({f"adapter.{name}": value for name, value in trained.state_dict().items()})
+    for usable in (
+        type(transform).load(tmp_path / "it.pt"),
+        loaded,
+        nested["adapter"],
+        copy.deepcopy(loaded),
+    ):
+        usable.transform(*features)
+
+
+def test_an_interrupted_fit_leaves_no_usable_transform(monkeypatch):
+    psi, rho = fc.ReverseQueryTransform(8, 6), fc.ResidualHead(8)
+    quick = {"epochs": 1, "progress": False}
+    psi.fit(OLD, NEW, Y, head=rho, **quick)
+    assert psi.fitted and rho.fitted
+    with pytest.raises(ValueError, match="`old` must be finite"):
+        psi.fit(spoiled(OLD), NEW, **quick)
+    assert psi.fitted  # nothing had begun
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.Adam, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        psi.fit(OLD, NEW, Y, head=rho, **quick)
+    for spoilt in (psi, rho):
+        with pytest.raises(ValueError, match="`fit` must be called before"):
+            spoilt.transform(NEW)
 
 
 def test_nothing_changes_before_an_error():

@@ -322,6 +322,7 @@ def test_transform_is_in_eval_mode_and_leaves_the_mode():
     psi = fc.ReverseQueryTransform(24, 16)
     x = torch.randn(5, 24)
     psi.psi[0][1].eval()  # a BatchNorm that someone froze
+    psi.fitted = True
     assert torch.equal(psi.transform(x), psi.transform(x))
     assert psi.training and psi.psi[0][0].training and not psi.psi[0][1].training
     assert not psi.transform(x).requires_grad
