@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._files import locked
 from . import changes, epoch, layout
 from .changes import Change
+from .conflicts import ConflictError, resolve
 from .folder import Folder, NewEpochError, StaleError
 from .ids import Ids, shown
 from .state import Generation, Part, State
@@ -29,10 +31,6 @@ class View(NamedTuple):
     state: State
     renumbered: int
     parts: list[tuple[Generation, changes.Vectors | None, list[Part]]]
-
-
-class ConflictError(ValueError):
-    """What another writer committed leaves no place for a change of this gallery."""
 
 
 class Core:
@@ -242,7 +240,7 @@ class Core:
         if not folder.queue:
             return
         self._undo()
-        kind = self.state.ids.kind
+        kind, retired = self.state.ids.kind, set[int | None]()
         for record in folder.queued():
             arrays = list(record.arrays)
             for what in record.what["changes"]:
@@ -250,10 +248,13 @@ class Core:
                 change, items = changes.from_record(what, arrays[:count], kind)
                 arrays = arrays[count:]
                 changes.apply(self.state, change, items, self.attach)
+                if change.kind == "retire":
+                    retired.add(change.gid)
                 if change.gid is not None and len(change.slots):
                     self.unchecked.setdefault(change.gid, []).append(
                         (change.slots.astype(np.int32), change.crcs)
                     )
+        self._forget_files(retired)
         self._redo()
         self._refuse_missing()
 
@@ -269,7 +270,7 @@ class Core:
         kept, refused = [], None
         for change in self.pending:
             try:
-                items = self.resolve(change)
+                items = resolve(self.state, change)
             except ConflictError as error:
                 refused = refused or error
                 continue
@@ -282,55 +283,6 @@ class Core:
             self.publish()
             raise refused
 
-    def resolve(self, change: Change) -> Array | None:
-        """The items of an uncommitted change after what others committed; None: nothing is left to do."""
-        generation = self.state.generation(change.model)
-        none = np.empty(0, np.int64)
-        if change.kind == "begin":
-            return none if generation is None else None  # begun by two, it is shared
-        if change.kind == "retire":
-            if generation is None:
-                return None
-            if generation.count:
-                raise ConflictError(
-                    f"`{change.model}` cannot be retired any more: {generation.count} items count with it "
-                    "since another writer's commit; this change is dropped"
-                )
-            return none
-        assert change.ids is not None
-        if change.kind != "remove" and generation is None:
-            raise ConflictError(
-                f"`{change.model}` was retired by another writer: {len(change.ids)} vectors or rollbacks of "
-                "this gallery are dropped"
-            )
-        if change.gid is not None and generation is not None and generation.gid not in (None, change.gid):
-            raise ConflictError(
-                f"`{change.model}` was begun by another writer with vectors of {self._shape(generation)}: "
-                f"{len(change.ids)} vectors of this gallery are dropped; begin a model of another name"
-            )
-        items = self.state.find(change.ids)
-        if change.kind == "add":
-            if (items >= 0).any():
-                again = change.ids[items >= 0][0]
-                raise ConflictError(
-                    f"`ids`: item {shown(again)} was added by another writer; the {len(items)} items that "
-                    "this gallery added with it are dropped"
-                )
-            return none
-        there = items >= 0  # removed by another writer is removed
-        if change.kind == "rollback":
-            assert generation is not None
-            there &= generation.slots(np.maximum(items, 0)) >= 0
-        if not there.all():
-            change.ids = change.ids[there]
-            if len(change.slots):
-                change.slots, change.crcs = change.slots[there], change.crcs[there]
-        return items[there] if there.any() else None
-
-    def _shape(self, generation: Generation) -> str:
-        assert generation.vectors is not None
-        return f"{generation.vectors.width} columns, {generation.vectors.dtype}"
-
     # --- commit
 
     @contextmanager
@@ -340,7 +292,7 @@ class Core:
             if self._held:
                 yield
                 return
-            with self._folder().lock():
+            with locked(self._folder().path):
                 self._held = 1
                 try:
                     yield
@@ -364,20 +316,32 @@ class Core:
                     what.append(said)
                     arrays += its
                 if what:
-                    folder.commit({"changes": what}, arrays)
-                done, self.pending = self.pending, []
-                for change in done:
-                    change.undo = None
+                    self._commit(folder, {"changes": what}, arrays)
                 self._drop_retired()
             self.publish()
 
+    def _commit(self, folder: Folder, what: dict[str, Any], arrays: list[Array]) -> None:
+        number = folder.number
+        try:
+            folder.commit(what, arrays)
+        finally:
+            if folder.number > number:  # also where it was interrupted afterwards
+                done, self.pending = self.pending, []
+                for change in done:
+                    change.undo = None
+
+    def _forget_files(self, gids: set[int | None]) -> set[int]:
+        """Of these, files that no model has any more: nothing is written to them again."""
+        gone = {gid for gid in gids if gid is not None} - {g.gid for g in self.state.generations}
+        for gid in gone:
+            self._folder().files.pop(gid, None)
+        self._free = {key: held for key, held in self._free.items() if held[0] not in gone}
+        return gone
+
     def _drop_retired(self) -> None:
         """The files of models that this gallery retired go."""
-        folder = self._folder()
-        used = {g.gid for g in self.state.generations}
-        for gid in self._retired:
-            if gid is not None and gid not in used:
-                folder.drop_file(gid)
+        for gid in self._forget_files(self._retired):
+            self._folder().drop_file(gid)
         self._retired.clear()
 
     def _sync(self) -> None:

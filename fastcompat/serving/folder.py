@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .._files import locked
 from . import layout
 from .layout import DamagedError, Head, Record
 from .vectors import DTYPES, NAMES, MappedVectors
@@ -105,6 +104,10 @@ class Folder:
     def _stamp(self) -> tuple[int, int, int]:
         found = os.stat(self.path / layout.MANIFEST)
         return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def replaced(self) -> bool:
+        """Whether another epoch has come since."""
+        return self._stamp() != self._seen
 
     def moved(self) -> bool:
         """Whether somebody committed since the last `catch_up`; two system calls."""
@@ -204,7 +207,7 @@ class Folder:
     def refuse_missing(self, gid: int) -> None:
         """The file of a model that is in use must be there."""
         if self.vectors(gid).missing:
-            if self._stamp() != self._seen:
+            if self.replaced():
                 raise NewEpochError
             raise layout.damaged(self.vector_path(gid), "it is missing")
 
@@ -213,12 +216,6 @@ class Folder:
         return self.path / f"vectors-{self.epoch}-{gid}.fcg"
 
     # --- writing
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder against other writers; the kernel gives the lock back when its holder dies."""
-        with locked(self.path):
-            yield
 
     def reserve(self, name: str, width: int, dtype: torch.dtype, count: int) -> tuple[int, int]:
         """Slots for `count` vectors of this model, under the lock: (gid, first slot)."""

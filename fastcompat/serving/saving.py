@@ -13,6 +13,7 @@ import torch
 from .._files import locked
 from . import epoch, layout
 from .changes import Change
+from .conflicts import resolve
 from .core import Core
 from .folder import Folder, NewEpochError, stale
 from .ids import Ids, shown
@@ -140,7 +141,7 @@ def _again(core: Core, other: Core, change: Change) -> None:
             items = other.state.find(ids[some]) if change.kind != "add" else np.empty(0, np.int64)
             other.do(part, items)
         return
-    left = other.resolve(copy)
+    left = resolve(other.state, copy)
     if left is not None:
         if change.kind == "retire":
             generation = other.state.generation(change.model)
@@ -172,26 +173,26 @@ def load(path: Path, device: torch.device) -> tuple[Core, Origin]:
 
 def damages(path: Path) -> list[str]:
     """All that is wrong with a folder, by name; [] = sound."""
-    found: list[str] = []
-    try:
-        core = Core.open(path, writable=False)
-    except DamagedError as error:
-        return [str(error)]
-    try:
+    while True:
+        try:
+            core = Core.open(path, writable=False)
+        except DamagedError as error:
+            return [str(error)]
         folder = core.folder
         assert folder is not None
-        found += folder.damages()
-        for g in core.state.generations:
-            if g.gid is None:
-                continue
-            for slots, crcs in core.unchecked.get(g.gid, []):
-                for slot in core.bad_rows(g, slots, crcs):
-                    found.append(str(layout.damaged(*core.describe(g, slot))))
-    except DamagedError as error:
-        found.append(str(error))
-    finally:
-        core.close()
-    return found
+        try:
+            found = folder.damages()
+            for g in core.state.generations:
+                for slots, crcs in core.unchecked.get(-1 if g.gid is None else g.gid, []):
+                    found += [
+                        str(layout.damaged(*core.describe(g, s))) for s in core.bad_rows(g, slots, crcs)
+                    ]
+        except DamagedError as error:
+            found = [str(error)]
+        finally:
+            core.close()
+        if not found or not folder.replaced():
+            return found
 
 
 def dump(core: Core) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import pytest
 from model import Model, agrees, queries, vectors
 
 import fastcompat as fc
+from fastcompat._files import locked
 from fastcompat.serving import folder as folder_module
 from fastcompat.serving import layout
 
@@ -194,6 +195,42 @@ def test_the_files_of_a_retired_model_go_and_the_folder_opens(path: Path) -> Non
     for gallery in (writer, reader, fc.MixedGallery.open(path, verify=True)):
         assert gallery.search({"v2": asked["v2"]}, 3)[1].shape == (4, 3) and gallery.models == ["v2"]
         assert gallery.search(None, asked["v2"], 3)[1].shape == (4, 3)
+
+
+def test_a_name_may_come_again_after_its_model_was_retired(path: Path) -> None:
+    one, two, reader = opened(path), opened(path), fc.MixedGallery.open(path)
+    update(one, None, [1, 2])
+    update(two, None, [3])
+    one.commit()
+    two.commit()
+    assert agrees(one, _with(1, 2, 3))
+    one.rollback([1, 2, 3], "v1")
+    one.retire("v2")
+    one.commit()
+    one.begin("v2")
+    update(one, None, [4])
+    one.commit()
+    two.refresh()
+    update(two, None, [5])
+    two.commit()
+    assert not (path / "vectors-0-1.fcg").exists()
+    for gallery in (one, two, reader, fc.MixedGallery.open(path, verify=True)):
+        assert agrees(gallery, _with(4, 5)) and gallery.verify() == []
+
+
+def test_an_interrupt_behind_the_record_doubles_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, truth = opened(path), model()
+    writer.add([100], vectors("v1", [100]), "v1")
+    truth.add([100], vectors("v1", [100]), "v1")
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folder_module.Folder, "_write_head", interrupt)
+        writer.commit()
+    writer.commit()
+    assert agrees(writer, truth) and agrees(fc.MixedGallery.open(path), truth)
 
 
 def test_compaction_beside_readers_and_writers(path: Path) -> None:
@@ -476,7 +513,7 @@ def test_killed_writers_lose_and_double_nothing(tmp_path: Path) -> None:
 def test_the_lock_dies_with_its_holder(path: Path) -> None:
     pid = os.fork()
     if not pid:
-        with folder_module.locked(path):
+        with locked(path):
             os.kill(os.getpid(), 9)
     os.waitpid(pid, 0)
     with opened(path) as writer:
