@@ -60,12 +60,11 @@ def set_simd(name: str) -> None:
 def build_info() -> dict[str, Any]:
     """What was built and what runs.
 
-    Keys: version, compiler, cuda (None or the version), cuda_archs, cuda_tier (the tier of CUDA kernels that the
-    environment variable FASTCOMPAT_CUDA_TIER names, sm80 or sm90; None where the device decides), simd_built
-    (instruction sets in the module), simd_usable (those this machine can run), simd (the one in use), threads.
+    Keys: version, compiler, cuda (None or the version), cuda_archs, simd_built (instruction sets in the
+    module), simd_usable (those this machine can run), simd (the one in use), threads.
     """
     build = dict(_C.build())
-    known = ("version", "compiler", "cuda", "cuda_archs", "cuda_tier", "simd_built")
+    known = ("version", "compiler", "cuda", "cuda_archs", "simd_built")
     return {name: build[name] for name in known} | {
         "simd_usable": simd_levels(),
         "simd": simd(),
