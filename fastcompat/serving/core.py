@@ -16,8 +16,8 @@ from .._files import locked
 from . import changes, epoch, layout
 from .changes import Change
 from .conflicts import ConflictError, resolve
-from .folder import Folder, NewEpochError, StaleError
 from .ids import Ids, shown
+from .journal import Folder, NewEpochError, StaleError
 from .state import Generation, Part, State
 from .vectors import PART, MappedVectors, MemoryVectors, checksums, chunks, raw
 

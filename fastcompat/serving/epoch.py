@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from . import layout
-from .folder import Folder
 from .ids import Ids
+from .journal import Folder
 from .layout import Head
 from .state import Generation, Part, State
 from .vectors import NAMES, PART, checksums, chunks, raw

@@ -15,8 +15,8 @@ from . import epoch, layout
 from .changes import Change
 from .conflicts import resolve
 from .core import Core
-from .folder import Folder, NewEpochError, stale
 from .ids import Ids, shown
+from .journal import Folder, NewEpochError, stale
 from .layout import DamagedError
 from .state import Generation, State
 from .vectors import MappedVectors, MemoryVectors, chunks

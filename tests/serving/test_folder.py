@@ -21,8 +21,7 @@ from model import Model, agrees, queries, vectors
 
 import fastcompat as fc
 from fastcompat._files import locked
-from fastcompat.serving import folder as folder_module
-from fastcompat.serving import layout
+from fastcompat.serving import journal, layout
 
 N = 30
 
@@ -227,7 +226,7 @@ def test_an_interrupt_behind_the_record_doubles_nothing(path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(folder_module.Folder, "_write_head", interrupt)
+        patch.setattr(journal.Folder, "_write_head", interrupt)
         writer.commit()
     writer.commit()
     assert agrees(writer, truth) and agrees(fc.MixedGallery.open(path), truth)
