@@ -450,7 +450,11 @@ def test_searching_threads_and_a_reader_process_see_committed_states(path: Path,
         "PYTHONPATH": os.pathsep.join([str(Path(fc.__file__).parents[1]), str(script.parent)])
     }
     process = subprocess.Popen(
-        [sys.executable, str(script), str(path)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(script), str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        bufsize=1,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     writer, done, wrong = opened(path), threading.Event(), []
@@ -459,8 +463,8 @@ def test_searching_threads_and_a_reader_process_see_committed_states(path: Path,
     def watch() -> None:
         earliest = 0
         while not done.is_set():
-            known = len(states)
             answer = _answer(writer, asked)
+            known = len(states)
             while answer not in states[earliest:] and not done.is_set() and len(states) < known + 3:
                 time.sleep(0.001)  # the updater has not noted it yet
             if answer not in states[earliest:]:
