@@ -63,10 +63,11 @@ void softmax_loss(const SoftmaxProblem& problem, bool mean, float* loss, void* d
 // One embedding space of a gallery: the listed rows of keys are scored with this query as scale * score + offset.
 struct Segment {
   Matrix query, keys;
-  const int64_t* rows;  // [count] row numbers, which are the ids; null: every row in order
+  const int64_t* rows;  // [count] row numbers; null: every row in order
   int64_t count;
   float scale, offset;
-  float* packed = nullptr;  // what pack() wrote for these rows, this metric and the instruction set in use
+  float* packed = nullptr;         // what pack() wrote for these rows, this metric and the instruction set in use
+  const int32_t* items = nullptr;  // [keys.rows] each row's id, -1: topk passes it over; null: the row number
 };
 
 struct TopkFilter {

@@ -244,6 +244,7 @@ class _Call:
         scale: float = 1.0,
         offset: float = 0.0,
         packed: Tensor | None = None,
+        items: Tensor | None = None,
     ) -> tuple[Any, ...]:
         if query.shape[1] == 0:  # a column of zeros scores the same
             query, keys = (x.new_zeros(len(x), 1) for x in (query, keys))
@@ -263,6 +264,7 @@ class _Call:
             offset,
             self.flat(packed),
             0 if packed is None else packed.numel(),
+            self.flat(items),
         )
 
 
@@ -357,7 +359,7 @@ def softmax_loss(
 def topk(
     query: Sequence[Tensor],
     keys: Sequence[Tensor],
-    rows: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
     scale: Sequence[float],
     offset: Sequence[float],
     k: int,
@@ -367,12 +369,13 @@ def topk(
     exclude: Tensor | None,
     packed: Sequence[Tensor],
     report: bool = True,
+    items: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `fastcompat::topk`."""
     call = _Call(query[0])
-    every: Sequence[Tensor | None] = rows or [None] * len(keys)
-    forms: Sequence[Tensor | None] = packed or [None] * len(keys)
-    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, forms, strict=True)]
+    every: list[None] = [None] * len(keys)
+    parts = zip(query, keys, rows or every, scale, offset, packed or every, items or every, strict=True)
+    segments = [call.segment(*part) for part in parts]
     count = query[0].shape[0]
     scores = query[0].new_empty((count, k), dtype=torch.float32)
     ids = query[0].new_empty((count, k), dtype=torch.int64)

@@ -113,7 +113,7 @@ def _segment(query: Tensor, keys: Tensor, rows: Tensor | None, count: int) -> No
 def topk(
     query: Sequence[Tensor],
     keys: Sequence[Tensor],
-    rows: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
     scale: Sequence[float],
     offset: Sequence[float],
     k: int,
@@ -123,6 +123,7 @@ def topk(
     exclude: Tensor | None,
     packed: Sequence[Tensor],
     report: bool = True,
+    items: Sequence[Tensor] | None = None,
 ) -> None:
     """Operands of `fastcompat::topk`."""
     _metric(metric)
@@ -131,6 +132,7 @@ def topk(
     count = len(query)
     lengths = {"keys": len(keys), "scale": len(scale), "offset": len(offset)}
     lengths |= {"rows": len(rows) or count, "packed": len(packed) or count}
+    lengths["items"] = count if items is None else len(items)
     if not count or any(length != count for length in lengths.values()):
         raise ValueError(
             f"the lists must have one entry per segment, at least one: got {count} of `query`, {lengths}"
@@ -142,10 +144,18 @@ def topk(
         _segment(q, x, chosen, number)
     for x in packed:
         _needs("packed", x, torch.float32, (x.numel(),))
+    for x, numbers in zip(keys, items or (), strict=False):
+        _needs("items", numbers, torch.int32, (x.shape[0],))
     _together(query_labels, key_labels)
     _fits("query_labels", query_labels, torch.int64, (number,))
-    # An id is a row number of its segment's keys and indexes the labels.
-    _fits("key_labels", key_labels, torch.int64, (max(x.shape[0] for x in keys),))
+    # An id is an item's number, by default its row number in its segment's keys, and indexes the labels.
+    labelled = max(x.shape[0] for x in keys) if items is None else _width(key_labels)
+    _fits("key_labels", key_labels, torch.int64, (labelled,))
+    for numbers in items or ():
+        if key_labels is not None and numbers.is_cpu and numbers.numel() and int(numbers.max()) >= labelled:
+            raise ValueError(
+                f"`items` must be below {labelled}, the length of `key_labels`: got {int(numbers.max())}"
+            )
     _fits("exclude", exclude, torch.int64, (number,))
 
 

@@ -23,9 +23,9 @@ _SCHEMAS = (
     f"softmax_key_grad({_PROBLEM}, Tensor neg_lse, Tensor pos_lse, Tensor? grad_neg, Tensor? grad_pos, "
     "Tensor? grad_sum, bool want_keys, bool want_bias) -> (Tensor, Tensor)",
     f"softmax_loss({_PROBLEM}, bool mean, bool want_query, bool want_keys) -> (Tensor, Tensor, Tensor)",
-    "topk(Tensor[] query, Tensor[] keys, Tensor[] rows, float[] scale, float[] offset, SymInt k, str metric, "
-    "Tensor? query_labels, Tensor? key_labels, Tensor? exclude, Tensor[] packed, bool report=True) "
-    "-> (Tensor, Tensor)",
+    "topk(Tensor[] query, Tensor[] keys, Tensor?[] rows, float[] scale, float[] offset, SymInt k, "
+    "str metric, Tensor? query_labels, Tensor? key_labels, Tensor? exclude, Tensor[] packed, "
+    "bool report=True, Tensor[]? items=None) -> (Tensor, Tensor)",
     "pair_scores(Tensor query, Tensor keys, Tensor ids, str metric) -> Tensor",
     "count_beats(Tensor query, Tensor keys, Tensor? rows, Tensor bounds, Tensor thresholds, "
     "Tensor threshold_ids, str metric, Tensor? exclude) -> Tensor",

@@ -25,7 +25,7 @@ def topk(
     key_labels: Tensor | None = None,
     exclude: Tensor | None = None,
     native: bool,
-    names: _search.Names = (("query", "keys"),),
+    names: _search.Names | None = (("query", "keys"),),
     packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """`_search.topk` of segments whose keys may be narrower than their queries."""
@@ -41,33 +41,41 @@ def topk(
             names=names,
             packed=packed,
         )
-    count = len(parts[0].keys)
+    count, own_ids = len(parts[0].keys), parts[0].items is not None
     step = max(1, BLOCK // max(1, *(part.keys.shape[1] for part in parts)))
     best: list[tuple[Tensor, Tensor]] = []
     for first in range(0, max(count, 1), step):
         stop = min(first + step, count)
-        left_out = exclude
-        if exclude is not None:
+        left_out, labels = exclude, key_labels
+        if exclude is not None and not own_ids:
             left_out = torch.where((exclude >= first) & (exclude < stop), exclude - first, -1)
+        if key_labels is not None and not own_ids:
+            labels = key_labels[first:stop]
         scores, ids = _search.topk(
             [_block(part, s, first, stop, names) for s, part in enumerate(parts)],
             k,
             metric,
             query_labels=query_labels,
-            key_labels=None if key_labels is None else key_labels[first:stop],
+            key_labels=labels,
             exclude=left_out,
             native=native,
             names=names,
         )
-        best.append((scores, torch.where(ids < 0, -1, ids + first)))
-        # Earlier blocks hold the smaller ids: a stable sort keeps them in front where scores are equal.
-        scores, ids = (torch.cat(each, 1) for each in zip(*best, strict=True))
-        scores, place = scores.sort(dim=1, descending=True, stable=True)
-        best = [(scores[:, :k], ids.gather(1, place)[:, :k])]
+        best.append((scores, ids if own_ids else torch.where(ids < 0, -1, ids + first)))
+        best = [merged(best, k)]
     return best[0]
 
 
-def _block(part: Segment, segment: int, first: int, stop: int, names: _search.Names) -> Segment:
+def merged(found: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The best k of several results [B, k_i] of one gallery; of equal scores the smaller id first."""
+    scores, ids = (torch.cat(part, 1) for part in zip(*found, strict=True))
+    by_id = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).argsort(dim=1)
+    scores, ids = scores.gather(1, by_id), ids.gather(1, by_id)
+    scores, place = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :k], ids.gather(1, place[:, :k])
+
+
+def _block(part: Segment, segment: int, first: int, stop: int, names: _search.Names | None) -> Segment:
     """The items `first` to `stop` of a segment, numbered from 0, in the dtype of the queries."""
     rows = part.rows
     if rows is not None:
@@ -77,5 +85,9 @@ def _block(part: Segment, segment: int, first: int, stop: int, names: _search.Na
     if bad.any():  # here, where the row's number in the whole gallery is known
         row = int(bad.nonzero()[0])
         row = first + (row if rows is None else int(rows[row]))
-        _checks.refuse_nonfinite(_checks.NonFiniteError("keys", segment, row), names)
-    return part._replace(keys=keys, rows=rows)
+        error = _checks.NonFiniteError("keys", segment, row)
+        if names is None:
+            raise error
+        _checks.refuse_nonfinite(error, names)
+    items = None if part.items is None else part.items[first:stop]
+    return part._replace(keys=keys, rows=rows, items=items)

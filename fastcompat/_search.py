@@ -60,11 +60,13 @@ def topk(
     key_labels: Tensor | None = None,
     exclude: Tensor | None = None,
     native: bool,
-    names: Names = _NAMES,
+    names: Names | None = _NAMES,
     report: bool = True,
     packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Best k over one or more segments (`reference.topk`).
+
+    Without `names` what a search met goes to the caller as it is.
 
     Without `report` a GPU is not waited for, and NaN or inf there goes unnoticed. `packed` is what `pack`
     made of the segments, on the CPU.
@@ -73,15 +75,17 @@ def topk(
     try:
         if not native:
             return reference.topk(segments, k, metric, query_labels, key_labels, exclude)
-        query, keys, rows, scale, offset = map(list, zip(*segments, strict=True))
-        chosen = [part for part in rows if part is not None]
+        query, keys, rows, scale, offset, items = map(list, zip(*segments, strict=True))
+        its = None if items[0] is None else items
         _checks.no_transforms(forward_mode=False)
         sets = (query_labels, key_labels, exclude)
         found: tuple[Tensor, Tensor] = _ops.topk(
-            query, keys, chosen, scale, offset, k, metric, *sets, packed, report
+            query, keys, rows, scale, offset, k, metric, *sets, packed, report, its
         )
         return found
     except _ERRORS as error:
+        if names is None:
+            raise
         _refuse(error, names)
 
 

@@ -209,22 +209,25 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """Best k scores and ids [B, k] over all segments; ties: smaller id first; missing: -inf and -1.
 
-    An id is a row number of its segment's keys; `key_labels` [N] is indexed by id, and keys with the query's
-    label are skipped, as is `exclude`.
+    An id is an item's number, by default its row number in its segment's keys; `key_labels` is indexed by id,
+    and keys with the query's label are skipped, as is `exclude`.
     """
     found, numbers = [], []
     for number, part in enumerate(segments):
         refuse_nonfinite(part.query, part.keys, part.rows, number)
         rows = _count(part.keys.shape[0], part.keys.device) if part.rows is None else part.rows
-        found.append(part.scale * scores(part.query, part.keys, metric)[:, rows] + part.offset)
-        numbers.append(rows)
+        score = part.scale * scores(part.query, part.keys, metric)[:, rows] + part.offset
+        ids = rows if part.items is None else part.items[rows].long()
+        found.append(score[:, ids >= 0])
+        numbers.append(ids[ids >= 0])
     ids, order = torch.cat(numbers).sort()
     score = torch.cat(found, 1)[:, order]  # [B, M], by ascending id
     left_out = torch.zeros_like(score, dtype=torch.bool)
     if query_labels is not None and key_labels is not None:
         left_out |= same_label(query_labels, key_labels[ids])
     if exclude is not None:
-        _checks.in_range("exclude", exclude, segments[0].keys.shape[0])
+        if segments[0].items is None:
+            _checks.in_range("exclude", exclude, segments[0].keys.shape[0])
         left_out |= ids == exclude[:, None]
     beyond = score.isinf() & ~left_out
     score = score.masked_fill(left_out, -torch.inf)

@@ -60,14 +60,14 @@ struct TopkState {
   }
 
   void offer(int64_t q, float score, int32_t id) {
-    if (!wanted(q, id)) return;
+    if (id < 0 || !wanted(q, id)) return;
     add(q, score, id);
     if (item.found[q] == item.capacity) tighten(q);
   }
 };
 
 // Candidates whose scores are lower bounds, but for those before the first segment's; a candidate's score is at most
-// `max_width[q]` above its bound.
+// `max_width[q]` above its bound. Until its score is exact a candidate goes by its row, then by its id.
 struct BoundedCandidates {
   TopkState& state;
   Workspace& ws;
@@ -95,9 +95,10 @@ struct BoundedCandidates {
     max_width[q] = 0;
   }
 
-  void offer(int64_t q, float low, float high, int32_t id) {
-    if (!state.wanted(q, id)) return;
-    state.add(q, low, id);
+  void offer(int64_t q, float low, float high, int32_t row) {
+    const int32_t id = state.item.segments[current].item(row);
+    if (id < 0 || !state.wanted(q, id)) return;
+    state.add(q, low, row);
     const float gap = high - low;
     if (!(gap <= max_width[q])) max_width[q] = gap == gap ? gap : kInf;
     if (state.item.found[q] < state.item.capacity) return;
@@ -136,13 +137,13 @@ struct BoundedCandidates {
     for (int64_t i = 0; i < smaller<int64_t>(n, W); ++i) prefetch_row(keys, ids[i]);
   }
 
-  // Scores candidates from .. to of a segment exactly.
+  // Scores candidates from .. to of a segment exactly; from here on they go by their ids.
   void score(const SearchSegment& s, int64_t q, int64_t from, int64_t to) {
     if (from == to) return;
     const TopkItem& item = state.item;
     const int64_t query = item.first_query + q;
     float* scores = item.scores + state.at(q);
-    const int32_t* ids = item.ids + state.at(q);
+    int32_t* ids = item.ids + state.at(q);
     const float factor = s.query_factor[query];
     with_search_arithmetic(s.keys, item.metric, [&](auto a) {
       using A = decltype(a);
@@ -155,6 +156,8 @@ struct BoundedCandidates {
         std::memcpy(scores + i, out, static_cast<size_t>(n) * sizeof(float));
       }
     });
+    if (s.items)
+      for (int64_t i = from; i < to; ++i) ids[i] = s.items[ids[i]];
   }
 
   // Scores every candidate exactly and keeps the best k.
@@ -194,7 +197,7 @@ struct SegmentScreen {
     screen_block<UNITS>(
         keys, most, products, n, queries, segment, threshold, [&](int row, int lane, float low, float high) {
           if (t * L + lane < state.item.n_queries && !(high <= threshold[lane]))  // it may have risen since
-            candidates.offer(t * L + lane, low, high, id_at(s, first + row));
+            candidates.offer(t * L + lane, low, high, static_cast<int32_t>(s.row(first + row)));
         });
   }
 };

@@ -131,6 +131,10 @@ struct SearchSegment {
   const float* query_factor;  // [B]
   const float* centre;        // [D] what l2 is screened around; null for other metrics
   float* packed;              // or null
+  const int32_t* items;       // [keys.rows] or null: each row's id; -1: the row is passed over
+
+  int64_t row(int64_t position) const { return rows ? rows[position] : position; }
+  int32_t item(int64_t row) const { return items ? items[row] : static_cast<int32_t>(row); }
 };
 
 struct TopkItem {

@@ -100,7 +100,8 @@ struct Prepared {
 
   Prepared(const Segment& s, Metric metric, int number, int threads)
       : query({s.query, nullptr, 0, s.query.rows}, metric, "query", number, threads),
-        segment{s.query, s.keys, s.rows, s.count, s.scale, s.offset, query.multiply.data(), nullptr, s.packed} {
+        segment{s.query, s.keys,   s.rows, s.count, s.scale, s.offset, query.multiply.data(),
+                nullptr, s.packed, s.items} {
     const Matrix& q = s.query;
     if (std::any_of(query.lift.begin(), query.lift.end(), [](float lift) { return lift != 1; })) {
       lifted.resize(static_cast<size_t>(q.rows * q.dim));
@@ -251,7 +252,8 @@ void refuse_overflow(const std::vector<Segment>& segments, int64_t k, const Topk
     int64_t count = 0;
     for (const Segment& s : segments)
       for (int64_t at = 0; at < s.count; ++at) {
-        const int64_t id = s.rows ? s.rows[at] : at;
+        const int64_t row = s.rows ? s.rows[at] : at, id = s.items ? s.items[row] : row;
+        if (id < 0) continue;
         const bool same = filter.query_labels && filter.query_labels[query] >= 0 &&
                           filter.query_labels[query] == filter.key_labels[id];
         count += !same && !(filter.exclude && filter.exclude[query] == id);
@@ -308,7 +310,7 @@ void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const 
   std::vector<SearchSegment> parts;
   for (const Segment& s : segments) {
     check_sizes(s);
-    check_rows("exclude", filter.exclude, B, s.keys.rows);
+    if (!s.items) check_rows("exclude", filter.exclude, B, s.keys.rows);
     prepared.emplace_back(s, metric, static_cast<int>(prepared.size()), threads);
     parts.push_back(prepared.back().segment);
   }

@@ -48,7 +48,7 @@ void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, 
           for (int h = 0; h < hits; ++h) {
             const int lane = cells[h] % L;
             if (scores[h] > threshold[lane])  // it may have risen since
-              state.offer(t * L + lane, scores[h], id_at(s, first + from + cells[h] / L));
+              state.offer(t * L + lane, scores[h], s.item(s.row(first + from + cells[h] / L)));
           }
         });
       }
@@ -122,7 +122,7 @@ void topk_item(const TopkItem& item, Workspace& ws) {
     const int64_t begin = block_at(item.begin), end = smaller(block_at(item.end), s.count);
     start += s.count;
     if (begin >= end) continue;
-    if (!first_touched) state.take_any_order();
+    if (!first_touched || s.items) state.take_any_order();
     first_touched = false;
     search_segment(item, s, begin, end, candidates, item.bad + i, ws);
   }

@@ -20,7 +20,7 @@ struct Gallery {
   }
   __device__ int64_t id(uint32_t position) const {
     const Space& s = of(position);
-    return s.row(position - s.start);
+    return s.id(position - s.start);
   }
 };
 

@@ -40,6 +40,8 @@ struct Space {
   const KeyBounds* tiles;           // [count / TILE]
 
   __host__ __device__ int64_t row(int64_t position) const { return segment.rows ? segment.rows[position] : position; }
+  // What a result calls the key; -1: it is passed over.
+  __device__ int64_t id(int64_t position) const { return segment.items ? segment.items[row(position)] : row(position); }
 };
 
 // ---- a pair's float

@@ -60,7 +60,8 @@ __device__ __forceinline__ float shared_threshold(const TopkProblem& p, int64_t 
 __device__ __forceinline__ int append(const TopkProblem& p, const Space& space, int64_t query, int64_t list,
                                       ListState& state, int64_t position, float low, float high) {
   if (!(high >= state.threshold)) return 0;
-  const int64_t id = space.row(position);
+  const int64_t id = space.id(position);
+  if (id < 0) return 0;
   if (low == high && low == state.threshold && state.last_id != NO_ID && id > state.last_id) return 0;
   const TopkFilter& f = p.filter;
   if (f.exclude && f.exclude[query] == id) return 0;

@@ -11,7 +11,7 @@ import typer
 
 import fastcompat as fc
 
-from . import align, demo, evaluate, info
+from . import align, backfill, demo, evaluate, info
 from .terminal import fail
 
 app = typer.Typer(
@@ -51,3 +51,4 @@ def _command(
 
 for _run in (info.info, demo.demo, evaluate.evaluate, align.align):
     app.command()(_run)
+app.add_typer(backfill.app, name="backfill")

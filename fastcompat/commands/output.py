@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,8 +25,7 @@ class OutputFolder:
         try:
             self._made = _files.make_folder(self.path)
             for name in self.names:  # as `write` will do it
-                with tempfile.NamedTemporaryFile(prefix=f".{name}.", dir=self.path):
-                    pass
+                os.unlink(_files.create(self.path, f".{name}.", ".part", ()))
                 if (self.path / name).is_dir():
                     raise IsADirectoryError(0, f"`{name}` is a folder there")
         except OSError as error:

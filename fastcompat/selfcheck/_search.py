@@ -65,14 +65,19 @@ PARTS: dict[
 ] = {  # the rows of each segment, its scale and its offset
     "one segment": [(None, 1.0, 0.0)],
     "two segments": [(slice(0, None, 2), 1.0, 0.0), (slice(1, None, 2), 0.5, 0.25)],
+    "two segments of items": [(slice(0, None, 2), 1.0, 0.0), (slice(1, None, 2), 0.5, 0.25)],
 }
 PROBLEMS = [("ties", "ip"), ("ties", "l2"), ("ties", "cosine"), ("near", "ip"), ("near", "l2")]
 
 
 def _segments(query: Tensor, keys: Tensor, parts: str) -> list[Segment]:
     rows = torch.arange(KEYS, dtype=torch.int64, device="cpu")
+    items = None
+    if parts.endswith("items"):
+        items = rows.flip(0).to(torch.int32)
+        items[::5] = -1
     return [
-        Segment(query, keys, None if part is None else rows[part], scale, offset)
+        Segment(query, keys, None if part is None else rows[part], scale, offset, items)
         for part, scale, offset in PARTS[parts]
     ]
 
@@ -86,11 +91,11 @@ def _best(kind: str, metric: str, dtype: torch.dtype, parts: str, filtered: bool
 def _search(
     segments: list[Segment], k: int, metric: str, chosen: tuple[Tensor, ...], packed: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    query, keys, rows, scale, offset = map(list, zip(*segments, strict=True))
+    query, keys, rows, scale, offset, items = map(list, zip(*segments, strict=True))
     labels_and_exclude = chosen or (None, None, None)
-    rows = [part for part in rows if part is not None]
+    its = None if items[0] is None else items
     found: tuple[Tensor, Tensor] = _ops.topk(
-        query, keys, rows, scale, offset, k, metric, *labels_and_exclude, packed
+        query, keys, rows, scale, offset, k, metric, *labels_and_exclude, packed, True, its
     )
     return found
 
@@ -100,7 +105,7 @@ def _same(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> bool:
 
 
 def topk(dtype: torch.dtype, device: torch.device) -> str:
-    """`topk`: for 1, 8 and many queries, screened and not, filtered and not, in one segment and in two."""
+    """`topk`: for 1, 8 and many queries, screened and not, filtered and not, one segment, two, of items."""
     for kind, metric in PROBLEMS:
         query, keys = vectors(kind, metric, dtype)
         for parts in PARTS:

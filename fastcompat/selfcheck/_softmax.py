@@ -64,7 +64,7 @@ def _problems() -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, Sets]]:
     yield "nothing but embeddings", query, keys, None, Sets(None, None, None, None)
     # Two passes over the queries, two parts of them in the keys' gradient, a maximum that keeps moving.
     query, keys, bias, sets = _random(700, 301, gen)
-    keys *= torch.linspace(0.1, 20, 301)[:, None].to(keys)
+    keys *= torch.linspace(0.1, 20, 301, dtype=torch.float32, device="cpu")[:, None].to(keys)
     yield "logits that grow along the keys", query, keys, bias, sets
     # A bank sorted by class, as people keep it: whole parts and blocks of it hold no negative of a query.
     query, keys, bias, sets = _random(9, 1300, gen)

@@ -1,10 +1,9 @@
-"""A gallery that is searched while it is being re-embedded."""
+"""A gallery on its way from model to model: search it, re-embed items, add and remove them, commit."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +11,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _checks, _inputs, _native, _promoted, _search
-from .._types import Array, Segment
-from . import folder as folders
-from .mixed_topk import one_or_many, two_numbers
+from .. import _checks, _inputs
+from . import folder as format_1
+from . import layout, saving
+from .changing import SECOND, Changing, model_name
+from .core import Core
+from .ids import Ids, as_ids, kind_of, refuse_double, refuse_reserved
+from .layout import DamagedError
+from .mixed_topk import two_numbers
+from .packed import PackedCache
+from .reading import Given
+from .state import Generation, State
+from .vectors import MemoryVectors
 
-FORMAT = "fastcompat.MixedGallery"
-CONSTANT = ("old", "ids")  # arrays that no update changes
-READ = ("backfilled", "ids")  # arrays that a gallery reads at once
-Given = Tensor | np.ndarray[Any, Any]
-
-
-class _State:
-    """What one search sees: the new vectors [N, D_new], and which items [N] count with them."""
-
-    def __init__(self, new: Tensor | None, backfilled: Tensor) -> None:
-        self.new, self.backfilled = new, backfilled
-        self._packed: dict[tuple[tuple[str, str], str], Tensor | None] = {}  # None: asked for once
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _State, (self.new, self.backfilled)
-
-    @cached_property
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The rows that count with their old and with their new vector."""
-        return (~self.backfilled).nonzero()[:, 0], self.backfilled.nonzero()[:, 0]
-
-    def packed(self, part: Segment, metric: str, names: tuple[str, str]) -> Tensor:
-        """The keys in the form that the kernels read, from the second search of this state on; else empty."""
-        name = (names, _native.simd())
-        packed = self._packed.get(name)
-        if packed is None and name in self._packed:
-            packed = _search.pack(part, metric, names)
-        self._packed[name] = packed
-        return torch.empty(0, dtype=torch.float32, device="cpu") if packed is None else packed
+CACHE = 1 << 30
+FORMAT_1_READ = ("backfilled", "ids")  # arrays that are checked when such a gallery is loaded
 
 
-class MixedGallery:
-    """A gallery on its way from an old to a new embedding model: search it, re-embed items, save it.
+class MixedGallery(Changing):
+    """A gallery on its way from an old to a new embedding model: search it, re-embed items, save or commit.
 
-    Every item counts with its old vector until `update` sets its new one; `search` is exactly
-    `fastcompat.mixed_topk` on the state of that moment. The old model can be retired when `fraction` is 1: a
-    side without items needs no query.
+    It holds an ordered list of models ("generations"). Every item counts with the vector of the newest model
+    that it has one of, unless rolled back; `search` ranks all items in one exact pass, each by the score in
+    its own space: with two models exactly what `fastcompat.mixed_topk` says of that moment. A model can be
+    retired when nothing counts with it any more.
 
-    From the second search of one state on, the vectors are kept in the form that the CPU kernels read, so
-    that small batches of queries need not convert them again. It takes 2 bytes a number and 20 an item: of
-    float32 vectors 0.66 at D = 32, 0.58 at 64, 0.54 at 128, 0.51 at 768 (with AMX, D counts in whole 32s).
-    Where that is more than 0.75 of float32 vectors (up to D = 19), or nothing needs converting, nothing is
-    kept.
+    In memory (this constructor, `load`) or in a folder (`create`, `open`), where any number of processes read
+    and write beside one another: a change counts at once in this object, elsewhere after `commit`.
 
-    Searches may run in any number of threads beside one another and beside updates: each sees the gallery
-    before an update or after it, never half of one.
+    Searches may run in any number of threads beside one another and beside changes: each sees the gallery
+    before a change or after it, never half of one. From the second search of a part on, its vectors are kept
+    in the form that the CPU kernels read, within `cache_bytes`.
+
+    Example::
+
+        gallery = fc.MixedGallery.create("gallery", old, ids=ids, model="v1")
+        gallery.begin("v2")
+        for batch in np.array_split(gallery.pending(), 100):
+            gallery.update(batch, embed(batch), model="v2")
+            gallery.commit()
+        scores, found = gallery.search({"v1": query_old, "v2": query_new}, 10)
 
     Args:
         old: [N, D_old] float32, bfloat16, float16 or float64; a torch tensor or a NumPy array, memory-mapped
             ones included, is not copied and must not change. Lists and data frames are copied.
         new: [N, D_new], rows of items not backfilled hold anything (None: nothing is backfilled yet, and the
-            first update says D_new). Never written to: the first update copies it.
+            first update says D_new). Never written to. Its model is called "new".
         backfilled: [N] bool, given with `new`: which items count with their new vector.
         metric: "cosine", "ip" or "l2" (score = minus the squared distance).
-        scale: factors of the old and of the new scores.
-        offset: numbers added to the old and to the new scores.
-        ids: [N] whole numbers below 2^63, the items' own ids, each once and none -1 (None: 0 .. N-1). Of two
-            equal scores the item that is earlier in the gallery comes first.
+        scale: factors of the scores of the first and of the second model.
+        offset: numbers added to the scores of the first and of the second model.
+        ids: [N] the items' own ids, each once: int64, uint64 or str (None: 0 .. N-1). Not -1, 2^64-1 and "",
+            which mark an empty place in a result. Of two equal scores the item that was added first comes
+            first.
+        model: the name of the first model.
+        metadata: anything JSON knows, kept with the first model.
+        cache_bytes: memory for packed copies; 0: none.
         backend: "auto", "native" or "reference".
 
     Raises:
@@ -90,208 +82,134 @@ class MixedGallery:
         metric: str = "cosine",
         scale: Sequence[float] = (1.0, 1.0),
         offset: Sequence[float] = (0.0, 0.0),
-        ids: Given | None = None,
+        ids: Any = None,
+        model: str = "old",
+        metadata: Mapping[str, Any] | None = None,
+        cache_bytes: int | None = None,
         backend: str = "auto",
     ) -> None:
-        self._old = _inputs.matrix("old", old).detach()
+        values = _inputs.matrix("old", old).detach()
         if (new is None) != (backfilled is None):
             given, missing = ("new", "backfilled") if backfilled is None else ("backfilled", "new")
             raise ValueError(f"`{missing}` must be given with `{given}`: got None; pass both or neither")
-        mask = torch.zeros(len(self._old), dtype=torch.bool, device=self._old.device)
+        second = done = None
         if new is not None:
-            new = _inputs.beside(_inputs.matrix("new", new), new, self._old).detach()
-            _checks.rows("new", new, "old", self._old)
-            _checks.same_device("new", new, "old", self._old)
-            mask = _inputs.flags("backfilled", backfilled, ("old", self._old)).clone()
+            second = _inputs.beside(_inputs.matrix("new", new), new, values).detach()
+            _checks.rows("new", second, "old", values)
+            _checks.same_device("new", second, "old", values)
+            done = _inputs.flags("backfilled", backfilled, ("old", values)).cpu().numpy()
         _checks.choice("metric", metric, _checks.METRICS)
+        scales, offsets = two_numbers("scale", scale), two_numbers("offset", offset)
+        state = State(_index(ids, values))
+        settings = {"metric": metric, "second": {"scale": scales[1], "offset": offsets[1]}}
+        core = Core(state, settings)
+        _first_model(core, 0, model_name("model", model), metadata, (scales[0], offsets[0]), values, None)
+        if second is not None:
+            if model == SECOND:
+                raise ValueError(
+                    f'`model` must not be "{SECOND}", the name of the second model: got "{SECOND}"'
+                )
+            _first_model(core, 1, SECOND, None, (scales[1], offsets[1]), second, done)
+        state.alive = len(values)
+        core.publish()
+        self._finish(core, cache_bytes, backend)
+
+    def _finish(self, core: Core, cache_bytes: int | None, backend: str) -> None:
         _checks.choice("backend", backend, _checks.BACKENDS)
-        self._metric, self._backend = metric, backend
-        self._scale, self._offset = two_numbers("scale", scale), two_numbers("offset", offset)
-        self._ids = None if ids is None else _Ids(ids, self._old)
-        self._state = _State(new, mask)
-        self._may_write = False  # into the new vectors' memory
-        self._updating = threading.Lock()
-        self._known: folders.Known = {}  # its own last state in the folders it was loaded from or saved to
+        budget = CACHE if cache_bytes is None else _checks.whole("cache_bytes", cache_bytes)
+        if budget < 0:
+            raise ValueError(f"`cache_bytes` must be at least 0: got {budget}")
+        self._core, self._backend = core, backend
+        self._cache_bytes, self._cache = cache_bytes, PackedCache(budget)
+        self._origins = {}
+        self._closed = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy shares no lock, and must not write into new vectors that it may share.
-        own = {name: value for name, value in vars(self).items() if name != "_updating"}
-        return own | {"_may_write": False, "_known": dict(self._known)}
+    # --- in a folder
 
-    def __setstate__(self, own: dict[str, Any]) -> None:
-        vars(self).update(own, _updating=threading.Lock())
-
-    def __len__(self) -> int:
-        return len(self._old)
-
-    def __repr__(self) -> str:
-        sides = [f"old {_form(self._old)}"]
-        if self._state.new is not None:
-            sides.append(f"new {_form(self._state.new)}")
-        done = f"{self.fraction:.1%} backfilled"
-        return f"MixedGallery({len(self)} items: {', '.join(sides)}; {done}; metric {self._metric})"
-
-    @property
-    def fraction(self) -> float:
-        """Share of the items that count with their new vector; 0 for an empty gallery."""
-        return int(self._state.backfilled.sum()) / max(len(self), 1)
-
-    def search(self, query_old: Array | None, query_new: Array | None, k: int) -> tuple[Array, Array]:
-        """The best k items of every query, each ranked by the score in its own space (`mixed_topk`).
-
-        Args:
-            query_old: [B, D_old], or one vector [D_old]; may be None once every item is backfilled. A query
-                of another dtype than the vectors costs time: the wider dtype is computed in, block by block.
-            query_new: [B, D_new], or [D_new], the same queries in the new space; may be None while no item is
-                backfilled.
-            k: how many items to return.
-
-        Returns:
-            scores [B, k] and ids [B, k] (int64), best first; score -inf and id -1 where there are fewer than
-            k items. [k] for one vector; tensors if the first query given is one, else NumPy arrays.
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        old: Given,
+        new: Given | None = None,
+        backfilled: Given | None = None,
+        *,
+        cache_bytes: int | None = None,
+        backend: str = "auto",
+        **named: Any,
+    ) -> MixedGallery:
+        """A gallery that lives in a folder (made if missing), open for writing; arguments as above.
 
         Raises:
-            ValueError, TypeError: arguments that do not fit; NaN or inf in a row that is read, naming the
-                first.
+            ValueError: arguments that do not fit; NaN or inf in a vector; a gallery in the folder already.
+            OSError: the folder cannot be written; what is there is as it was.
         """
-        state, names = self._state, (("query_old", "old"), ("query_new", "new"))
-        sides = zip((query_old, query_new), (self._old, state.new), state.rows, strict=True)
-        parts: list[Segment] = []
-        used: list[tuple[str, str]] = []
-        queries: list[tuple[str, Tensor]] = []
-        singles: list[bool] = []
-        for s, (given, keys, rows) in enumerate(sides):
-            needed = len(rows) > 0 or (s == 0 and len(self) == 0)
-            if given is None:
-                if needed:
-                    raise ValueError(
-                        f"`{names[s][0]}` must be given: got None, and {len(rows)} items need it"
-                    )
-                continue
-            if keys is None:
-                query, single = _inputs.queries(names[s][0], given)
-            else:
-                query, keys, single = _inputs.pair(names[s], given, keys, single=True)
-            singles.append(single)
-            queries.append((names[s][0], query))
-            one_or_many(singles[0], single, queries[0][0], names[s][0])
-            _checks.rows(*queries[-1], *queries[0])
-            if keys is not None and needed:
-                every = len(rows) == len(self)
-                parts.append(Segment(query, keys, None if every else rows, self._scale[s], self._offset[s]))
-                used.append(names[s])
-        k = _checks.positive_int("k", k)
-        native = all([_checks.use_native(self._backend, part.query) for part in parts])
-        packed: list[Tensor] = []
-        one_dtype = all(part.keys.dtype == part.query.dtype for part in parts)
-        if native and one_dtype and not self._old.is_cuda:
-            packed = [state.packed(part, self._metric, name) for part, name in zip(parts, used, strict=True)]
-        scores, ids = _promoted.topk(parts, k, self._metric, native=native, names=used, packed=packed)
-        if self._ids is not None:
-            ids = self._ids.of_row[ids]
-        if singles[0]:
-            scores, ids = scores[0], ids[0]
-        found: tuple[Array, Array] = _checks.like_input(
-            (scores, ids), query_new if query_old is None else query_old
-        )
-        return found
+        gallery = cls(old, new, backfilled, **named)
+        _warn_of_zeros("old", gallery._core)
+        saving.create(Path(path), gallery._core)
+        return cls.open(path, writable=True, cache_bytes=cache_bytes, backend=backend)
 
-    def update(self, ids: Given, vectors: Given) -> None:
-        """From now on these items count with these new vectors. Bad input leaves the gallery as it was.
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        writable: bool = False,
+        verify: bool = False,
+        cache_bytes: int | None = None,
+        backend: str = "auto",
+    ) -> MixedGallery:
+        """The gallery in a folder, memory-mapped; any number of readers beside any number of writers.
 
-        Items that already had a new vector get another one; then all new vectors are copied once, so that
-        searches under way keep what they read.
+        A reader follows the others' commits by itself at the next search. `with` closes it.
 
         Args:
-            ids: [M] int64, items of the gallery, each once.
-            vectors: [M, D_new], rounded to the dtype of the new vectors there are (the first update says
-                dtype and D_new).
+            path: the folder.
+            writable: whether this object may change and commit.
+            verify: check every byte now; otherwise each vector when it is first read.
+            cache_bytes: memory for packed copies (None: 1 GiB; 0: none).
+            backend: "auto", "native" or "reference".
 
         Raises:
-            ValueError, TypeError: arguments that do not fit; an unknown id; NaN or inf, naming the first row.
+            FileNotFoundError: nothing there.
+            ValueError: no gallery of this format, or a damaged file, by its name.
+            OSError: a file cannot be read.
         """
-        values = _inputs.beside(_inputs.matrix("vectors", vectors), vectors, self._old).detach()
-        _checks.same_device("vectors", values, "old", self._old)
-        rows = self._rows("ids", ids, ("vectors", values))
-        bad = ~values.isfinite().all(1)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise ValueError(f"`vectors` must be finite: row {row} holds NaN or inf; embed that item again")
-        with self._updating:
-            state = self._state
-            new = state.new
-            if new is None:
-                new = values.new_zeros(len(self), values.shape[1])
-            else:
-                _checks.columns("new", new, "vectors", values)
-                values = values.to(new.dtype)
-                if not values.isfinite().all():
-                    row = int((~values.isfinite().all(1)).nonzero()[0])
-                    raise ValueError(
-                        f"`vectors` must fit {new.dtype}, the dtype of the new vectors: row {row} does not"
-                    )
-                if not self._may_write or state.backfilled[rows].any():
-                    new = new.clone()
-            new[rows] = values  # rows that no search reads
-            mask = state.backfilled.clone()
-            mask[rows] = True
-            self._may_write, self._state = True, _State(new, mask)
+        if verify and (found := saving.damages(Path(path))):
+            raise DamagedError(f"`path`: {len(found)} damages in `{path}`; the first: {found[0]}")
+        gallery = cls.__new__(cls)
+        gallery._finish(Core.open(Path(path), writable=writable), cache_bytes, backend)
+        return gallery
 
-    def backfill(self, order: Given, embed: Callable[[Any], Given], *, batch: int = 1024) -> Iterator[float]:
-        """Re-embed items in the given order, a batch at a time, leaving out those that are backfilled.
+    # --- the folder
 
-        A generator of `fraction` after each batch; between two batches save the gallery, show progress or
-        stop. The same call on the loaded gallery resumes where it was saved::
-
-            for fraction in gallery.backfill(order, embed):
-                gallery.save(path)
-
-        Args:
-            order: [M] int64, ids of items, each once, first to be backfilled first.
-            embed: called with ids [batch] (an array if `order` is one); returns their new vectors
-                [batch, D_new], as `update` takes them.
-            batch: how many items to embed at once.
+    def snapshot(self, path: str | Path) -> None:
+        """Write the state of now into another folder: how a live gallery is backed up.
 
         Raises:
-            ValueError, TypeError: arguments that do not fit, at once; what `update` refuses, at that batch.
+            ValueError: a gallery in that folder; a damaged file of this one.
+            OSError: the folder cannot be written.
         """
-        wanted = _inputs.rows("order", order, None, "ids")
-        done = self._state.backfilled[self._rows("order", wanted)].to(wanted.device)
-        left = _checks.like_input((wanted[~done],), order)[0]
-        return self._batches(left, embed, _checks.positive_int("batch", batch))
-
-    def _batches(self, ids: Any, embed: Callable[[Any], Given], batch: int) -> Iterator[float]:
-        for first in range(0, len(ids), batch):
-            some = ids[first : first + batch]
-            self.update(some, embed(some))
-            yield self.fraction
+        saving.create(Path(path), self._open())
 
     def save(self, path: str | Path) -> None:
-        """Write the gallery into a folder (made if missing): `.npy` files and `manifest.json`.
+        """Write the gallery into a folder (made if missing), format 2.
 
-        The gallery that was saved there before stays whole until the new one is on the disk; then it is
-        replaced, in one step. Saved again into the same folder, the old vectors are not written again.
-        Bfloat16 is stored as int16 of the same bits. Saves into one folder wait for one another.
-
-        A gallery that was loaded from this folder, or saved to it before, builds on that state alone:
-        where someone else has saved there since, it is refused, so that no writer undoes another's work. The
-        first save of a gallery that was made anew replaces what is there: load a gallery to continue it.
+        Saved again into the folder that it was saved to or loaded from last, only what changed since is
+        written, after what other writers committed there. Another gallery is replaced, and stays whole until
+        the new one is on the disk; but a folder that this gallery was saved to or loaded from, and that holds
+        another history now, is refused.
 
         Raises:
-            ValueError: the folder cannot be made or written; someone else has saved there since; its
-                `manifest.json` is of another program or another version. The gallery there stays whole.
+            ValueError: the folder cannot be made or written, holds a newer format, or was replaced or put
+                back from a backup meanwhile. What is there stays whole.
         """
-
-        def contents() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            state = self._state
-            arrays = {"old": self._old}
-            if state.new is not None:
-                arrays |= {"new": state.new, "backfilled": state.backfilled}
-            if self._ids is not None:
-                arrays["ids"] = self._ids.of_row[:-1]
-            return arrays, {"metric": self._metric, "scale": self._scale, "offset": self._offset}
-
-        folders.save(Path(path), FORMAT, contents, CONSTANT, self._known)
+        try:
+            saving.save(Path(path), self._open(), self._origins)
+        except OSError as error:
+            raise ValueError(
+                f"`path`: cannot write to the folder `{path}` ({error.strerror}); name another one"
+            ) from error
 
     @classmethod
     def load(
@@ -299,76 +217,120 @@ class MixedGallery:
         path: str | Path,
         *,
         device: torch.device | str = "cpu",
+        cache_bytes: int | None = None,
         backend: str = "auto",
         verify: bool = False,
     ) -> MixedGallery:
-        """The gallery that `save` wrote into this folder, memory-mapped: vectors are read when needed.
-
-        Updates stay in memory until they are saved. The manifest, the ids, which items are backfilled, and
-        dtype, shape and length of the vectors are always checked against what was saved.
+        """The gallery of a folder (formats 1 and 2), memory-mapped; updates stay in memory until saved.
 
         Args:
             path: the folder.
             device: where the vectors go; other devices than the CPU read them all.
+            cache_bytes: memory for packed copies (None: 1 GiB; 0: none).
             backend: "auto", "native" or "reference".
-            verify: read all vectors too and check every byte (a checksum of each array, CRC-32).
+            verify: read and check every byte now; otherwise each vector when it is first read (of format 1:
+                never).
 
         Raises:
             ValueError: no gallery there, one of another version, or a damaged file, by name.
         """
         _checks.choice("backend", backend, _checks.BACKENDS)
         folder = Path(path)
-        arrays, values, known = folders.load(folder, FORMAT, None if verify else READ)
-        values |= {name: array.to(device) for name, array in arrays.items()}
         try:
-            gallery = cls(**values, backend=backend)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"`path`: `{folder / folders.MANIFEST}` is damaged ({error})") from error
-        gallery._may_write = True  # into private copies of the file's pages
-        gallery._known = known
+            found = layout.read_manifest(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"`path` must be a folder that `save` wrote: no {layout.FORMAT} in `{path}`"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"`path`: cannot read `{folder / layout.MANIFEST}` ({error.strerror})"
+            ) from error
+        if found.get("version") == 1:
+            arrays, values, _ = format_1.load(folder, layout.FORMAT, None if verify else FORMAT_1_READ)
+            values |= {name: array.to(device) for name, array in arrays.items()}
+            try:
+                gallery = cls(**values, cache_bytes=cache_bytes, backend=backend)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"`path`: `{folder / layout.MANIFEST}` is damaged ({error})") from error
+            gallery._origins[folder.resolve()] = saving.Origin(folder.resolve(), None, found)
+            return gallery
+        try:
+            if verify and (wrong := saving.damages(folder)):
+                raise DamagedError(f"`path`: {len(wrong)} damages in `{path}`; the first: {wrong[0]}")
+            core, origin = saving.load(folder, torch.device(device))
+        except OSError as error:
+            raise ValueError(f"`path`: cannot read the folder `{path}` ({error.strerror})") from error
+        gallery = cls.__new__(cls)
+        gallery._finish(core, cache_bytes, backend)
+        gallery._origins[origin.path] = origin
         return gallery
 
-    def _rows(self, name: str, ids: Any, like: tuple[str, Tensor] | None = None) -> Tensor:
-        """The rows of these items, each of them known and named once."""
-        wanted = _inputs.rows(name, ids, like, "ids")
-        wanted = wanted.to(self._old.device)
-        if self._ids is None:
-            rows, known = wanted, (wanted >= 0) & (wanted < len(self))
+    # --- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        core = self._open()
+        rest = {"cache_bytes": self._cache_bytes, "backend": self._backend}
+        if core.folder is not None:
+            if core.pending:
+                raise ValueError(
+                    "this gallery has uncommitted changes: commit before it is pickled or copied"
+                )
+            return rest | {"path": str(core.folder.path), "writable": core.folder.writable}
+        return rest | {"memory": saving.dump(core)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "memory" in state:
+            core = saving.undump(state["memory"])
         else:
-            rows, known = self._ids.rows(wanted)
-        if not known.all():
-            raise ValueError(
-                f"`{name}` must name items of this gallery: it holds no item {int(wanted[~known][0])}"
-            )
-        in_order = wanted.sort().values
-        again = in_order[1:] == in_order[:-1]
-        if again.any():
-            raise ValueError(f"`{name}` must name each item once: got {int(in_order[1:][again][0])} twice")
-        return rows
+            core = Core.open(Path(state["path"]), writable=state["writable"])
+        self._finish(core, state["cache_bytes"], state["backend"])
 
 
-def _form(x: Tensor) -> str:
-    return f"{x.shape[1]} dimensions of {str(x.dtype).removeprefix('torch.')}"
+def _index(given: Any, old: Tensor) -> Ids:
+    if given is None:
+        return Ids("int64", {}, plain=len(old))
+    kind = kind_of("ids", given)
+    found = as_ids("ids", given, kind)
+    if len(found) != len(old):
+        raise ValueError(f"`ids` must have one entry per row of `old`: got {len(found)} and {len(old)}")
+    if isinstance(given, Tensor):
+        _checks.same_device("ids", given, "old", old)
+    refuse_double("ids", found)
+    refuse_reserved("ids", found, kind)
+    return Ids.of(found, kind)
 
 
-class _Ids:
-    """The items' own ids, and their rows."""
+def _first_model(
+    core: Core,
+    gid: int,
+    name: str,
+    metadata: Mapping[str, Any] | None,
+    terms: tuple[float, float],
+    values: Tensor,
+    counts: np.ndarray[Any, Any] | None,
+) -> None:
+    """A model whose vectors are given: row = item = slot."""
+    state = core.state
+    generation = Generation(name, state.next_serial, metadata, *terms)
+    state.begin(generation)
+    core.adopt(gid, MemoryVectors(values, len(values)))
+    generation.gid, generation.vectors, generation.clean = gid, core.attach(gid), False
+    items = np.arange(len(values)) if counts is None else np.flatnonzero(counts)
+    state.set(items, generation.serial, {generation.serial: items})
+    state.remember(generation, items, items)
 
-    def __init__(self, ids: Any, old: Tensor) -> None:
-        given = _inputs.rows("ids", ids, ("old", old), "ids")
-        self._ascending, self._row = given.sort()
-        again = self._ascending[1:] == self._ascending[:-1]
-        if again.any():
-            raise ValueError(
-                f"`ids` must name each item once: got {int(self._ascending[1:][again][0])} twice"
-            )
-        if (given == -1).any():
-            raise ValueError("`ids` must not hold -1, which marks an empty place in a result")
-        self.of_row = torch.cat([given, given.new_tensor([-1])])  # [N + 1]: row -1 is an empty place
 
-    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of these items, and which of the items there are."""
-        if len(self._row) == 0:
-            return ids, torch.zeros_like(ids, dtype=torch.bool)
-        at = torch.searchsorted(self._ascending, ids).clamp(max=len(self._row) - 1)
-        return self._row[at], self._ascending[at] == ids
+def _warn_of_zeros(name: str, core: Core) -> None:
+    if core.settings["metric"] != "cosine":
+        return
+    vectors = core.state.generations[0].vectors
+    assert isinstance(vectors, MemoryVectors)
+    rows, step = vectors.base_rows(), 65536
+    blocks = (rows[first : first + step] for first in range(0, len(rows), step))
+    zeros = sum((int((block == 0).all(1).sum()) for block in blocks), 0)
+    if zeros:
+        warnings.warn(
+            f"{zeros} of {vectors.count} rows of `{name}` are zero: their cosine is 0 with everything",
+            stacklevel=3,
+        )

@@ -112,12 +112,17 @@ struct Part {
   bool all = true;
   float scale = 1, offset = 0;
   std::shared_ptr<Buffer<int64_t>> listed_memory = nullptr;
+  std::vector<int32_t> items = {};  // empty: an item's number is its row
+  std::shared_ptr<Buffer<int32_t>> items_memory = nullptr;
 
   int64_t count() const { return all ? keys.rows : static_cast<int64_t>(listed.size()); }
   int64_t row(int64_t position) const { return all ? position : listed[position]; }
   Segment segment() {
     if (!all) listed_memory = std::make_shared<Buffer<int64_t>>(listed);
-    return {query.matrix, keys.matrix, all ? nullptr : listed_memory->data(), count(), scale, offset};
+    if (!items.empty()) items_memory = std::make_shared<Buffer<int32_t>>(items);
+    Segment segment = {query.matrix, keys.matrix, all ? nullptr : listed_memory->data(), count(), scale, offset};
+    segment.items = items.empty() ? nullptr : items_memory->data();
+    return segment;
   }
 };
 

@@ -130,6 +130,8 @@ DEVICE_TEST_OF_VALUES(topk_all_keys_tie_over_segments) {
   check_topk(parts, 5, Metric::cosine);
 }
 
+DEVICE_TEST_OF_VALUES(topk_items_beside_rows) { check_items<bf16>(24); }
+
 // Partial sums that leave the range of float on tensor cores, but not in the order of score_of.
 DEVICE_TEST_OF_VALUES(topk_sums_that_overflow_on_the_way) {
   const int64_t n = 300, dim = 32;

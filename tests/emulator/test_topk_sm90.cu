@@ -17,6 +17,12 @@ DEVICE_TEST(hopper_topk_every_way_through_the_kernel) {
   check_topk(parts, 10, Metric::cosine, filter);
 }
 
+DEVICE_TEST_OF_VALUES(hopper_topk_items_beside_rows) {
+  allow_hopper();
+  check_items<bf16>(64);
+  check_items<float>(24);
+}
+
 DEVICE_TEST_OF_VALUES(hopper_topk_columns) {
   allow_hopper();
   for (int64_t dim : {1, 31, 64, 100, 128, 256, 500, 512}) {

@@ -40,13 +40,14 @@ inline uint64_t check_topk(std::vector<Part>& parts, int64_t k, Metric metric, c
     Ranked truth;
     for (const Part& part : parts)
       for (int64_t n = 0; n < part.count(); ++n) {
-        const int64_t id = part.row(n);
+        const int64_t row = part.row(n), id = part.items.empty() ? row : part.items[row];
+        if (id < 0) continue;
         if (!filter.exclude.empty() && filter.exclude[i] == id) continue;
         if (!filter.query_labels.empty() && filter.query_labels[i] >= 0 &&
             filter.query_labels[i] == filter.key_labels[id])
           continue;
         const float score =
-            score32(part.query.row(i), part.keys.row(id), part.keys.dim, metric, part.scale, part.offset);
+            score32(part.query.row(i), part.keys.row(row), part.keys.dim, metric, part.scale, part.offset);
         if (score > -INF) truth.push_back({score, id});
       }
     sort_ranked(truth);
@@ -75,6 +76,23 @@ void check_plain(int64_t queries, int64_t n, int64_t dim, int64_t k, Metric metr
                  int64_t shift = 0) {
   std::vector<Part> parts = {part_of<T>(gauss(queries, dim, 1), queries, gauss(n, dim, 2), n, dim, padding, shift)};
   expect(check_topk(parts, k, metric) == cuda::all_finite, "a finite row was flagged");
+}
+
+// Numbers of items that fall and are spread over the segments; every fourth row is of none.
+template <class T>
+void check_items(int64_t dim) {
+  const int64_t n = 700;
+  std::vector<Part> parts;
+  for (int part = 0; part < 2; ++part) {
+    parts.push_back(part_of<T>(gauss(3, dim, 31), 3, duplicates(n, dim, 32, 40), n, dim));
+    for (int64_t j = 0; j < n; ++j) parts[part].items.push_back(j % 4 ? static_cast<int32_t>(2 * (n - j) + part) : -1);
+  }
+  parts[1].all = false;
+  for (int64_t j = 0; j < n; j += 3) parts[1].listed.push_back(j);
+  for (const Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
+    check_topk(parts, 60, metric);
+    check_topk(parts, 60, metric, {{}, {}, {2 * n - 2, -1, 5}});
+  }
 }
 
 }  // namespace search_cases

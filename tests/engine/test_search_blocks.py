@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcompat import _ops, reference
+from fastcompat import _native, _ops, reference
 from fastcompat._types import Segment
 
 METRICS = ["cosine", "ip", "l2"]
@@ -19,9 +19,10 @@ def whole_numbers(rows, dim):
 
 
 def native_topk(segments, k, metric, **sets):
-    query, keys, rows, scale, offset = map(list, zip(*segments, strict=True))
+    query, keys, rows, scale, offset, items = map(list, zip(*segments, strict=True))
     named = [sets.get(name) for name in ("query_labels", "key_labels", "exclude")]
-    return _ops.topk(query, keys, rows, scale, offset, k, metric, *named, [])
+    its = None if items[0] is None else items
+    return _ops.topk(query, keys, rows, scale, offset, k, metric, *named, sets.get("packed", []), True, its)
 
 
 @given(data=st.data())
@@ -44,6 +45,49 @@ def test_two_segments_of_different_width(data):
         }
     ours, theirs = native_topk(parts, k, metric, **sets), reference.topk(parts, k, metric, **sets)
     assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("packs", (False, True))
+@given(data=st.data())
+def test_items_are_numbered_beside_their_rows(packs, data):
+    """Ids and ties go by the items' numbers, in any order over the segments; -1 is passed over."""
+    count, columns, k = (
+        data.draw(st.integers(1, 40)),
+        data.draw(st.integers(1, 900)),
+        data.draw(st.integers(1, 9)),
+    )
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    metric = data.draw(st.sampled_from(METRICS))
+    places = torch.randperm(3 * columns)
+    parts = []
+    for s, dim in enumerate((33, 40, 33)):
+        mine = places[s * columns : (s + 1) * columns].int()
+        mine[torch.rand(columns) < data.draw(st.sampled_from([0.0, 0.3, 1.0]))] = -1
+        rows = (torch.rand(columns) < 0.7).nonzero()[:, 0] if data.draw(st.booleans()) else None
+        keys = whole_numbers(columns, dim)
+        keys[::3] = keys[0].clone()  # exact ties
+        parts.append(Segment(whole_numbers(count, dim), keys, rows, (1.0, 0.5, 2.0)[s], 0.0, mine))
+    sets = {}
+    if data.draw(st.booleans()):
+        sets["exclude"] = torch.randint(-1, 3 * columns, (count,))
+    if data.draw(st.booleans()):
+        sets |= {
+            "query_labels": torch.randint(-1, 3, (count,)),
+            "key_labels": torch.randint(-1, 3, (3 * columns,)),
+        }
+    theirs = reference.topk(parts, k, metric, **sets)
+    packed = {"packed": [_native.pack(p.keys, p.rows, metric) for p in parts]} if packs else {}
+    scores, ids = native_topk(parts, k, metric, **sets, **packed)
+    if metric == "cosine":
+        assert torch.allclose(scores, theirs[0], atol=1e-6)
+        same = native_topk(parts, k, metric, **sets)
+        assert torch.equal(scores, same[0]) and torch.equal(ids, same[1])
+        own = torch.cat([p.items[p.items >= 0] if p.rows is None else p.items[p.rows] for p in parts])
+        assert set(ids.flatten().tolist()) <= {*own.tolist(), -1}
+        tied = (scores[:, 1:] == scores[:, :-1]) & (scores[:, 1:] != -torch.inf)
+        assert (ids[:, 1:] > ids[:, :-1])[tied].all()
+    else:
+        assert torch.equal(ids, theirs[1]) and torch.equal(scores, theirs[0])
 
 
 def test_rows_outside_the_subset_are_never_read():

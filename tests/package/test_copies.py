@@ -36,7 +36,7 @@ HOW: dict[str, Callable[[Any], Any]] = {
 
 def galleries() -> dict[str, fc.MixedGallery]:
     named, begun = fc.MixedGallery(X, ids=Y.cumsum(0) + 7 + torch.arange(N)), fc.MixedGallery(X.numpy())
-    named.update(named._ids.of_row[:-1:2], NEW[::2])  # type: ignore[union-attr]
+    named.update(named.ids[::2], NEW[::2])
     theirs = fc.MixedGallery(X, NEW, Y > 2, metric="l2", scale=(1, 2), offset=(0, 0.5))
     for gallery in (named, theirs):
         for _ in range(3):  # the vectors are kept packed
@@ -57,7 +57,7 @@ def test_a_gallery(name: str, how: str) -> None:
     before = found(gallery)
     twin = HOW[how](gallery)
     assert found(twin) == before
-    ids = torch.arange(N) if gallery._ids is None else gallery._ids.of_row[:-1]
+    ids = gallery.ids
     twin.update(ids[:5], torch.randn(5, 9))
     changed = found(twin)
     assert found(gallery) == before

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fastcompat as fc
+from fastcompat.serving import folder as format_1
 
 N = 20
 OLD, NEW, IDS = torch.randn(N, 3), torch.randn(N, 4), torch.randperm(N) * 7 + 3
@@ -44,13 +45,15 @@ def damaged(whole: bytes, count: int) -> Iterator[bytes]:
 
 def parts(gallery: fc.MixedGallery) -> tuple[Any, ...]:
     """All that a gallery is, as bytes."""
-    state, ids = gallery._state, gallery._ids
-    assert state.new is not None and ids is not None
-    arrays = [gallery._old, state.new, state.backfilled, ids.of_row]
+    ids, pending = gallery.ids, set(gallery.pending().tolist())
+    done = [i for i in ids.tolist() if i not in pending]
+    assert done
+    arrays = [torch.as_tensor(gallery.vectors(ids, "old")), torch.as_tensor(gallery.vectors(done, "new"))]
     held = [
         (str(x.dtype), tuple(x.shape), x.contiguous().view(torch.uint8).numpy().tobytes()) for x in arrays
     ]
-    return (*held, gallery._metric, gallery._scale, gallery._offset)
+    terms = [(g.name, g.scale, g.offset) for g in gallery._core.state.generations]
+    return (*held, done, ids.tolist(), gallery.metric, terms)
 
 
 def without_vectors(found: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -62,7 +65,14 @@ def saved(folder: Path, dtype: torch.dtype = torch.float32) -> fc.MixedGallery:
         OLD.to(dtype), ids=IDS, metric="l2", scale=(0.123456789, 1e-7), offset=(0.0, -1 / 3)
     )
     gallery.update(IDS[SOME], NEW[SOME].to(dtype))
-    gallery.save(folder)
+    new, backfilled = (
+        torch.zeros(len(OLD), NEW.shape[1], dtype=dtype),
+        torch.zeros(len(OLD), dtype=torch.bool),
+    )
+    new[SOME], backfilled[SOME] = NEW[SOME].to(dtype), True
+    arrays = {"old": OLD.to(dtype), "new": new, "backfilled": backfilled, "ids": IDS}
+    values = {"metric": "l2", "scale": (0.123456789, 1e-7), "offset": (0.0, -1 / 3)}
+    format_1.save(folder, "fastcompat.MixedGallery", lambda: (arrays, values), (), {})  # format 1
     return gallery
 
 
@@ -136,7 +146,8 @@ def test_a_flipped_bit_in_the_vectors_is_found_by_verify(tmp_path: Path) -> None
         file.write_bytes(whole)
     for shape in ((0, 3), (0, 0), (5, 0)):
         fc.MixedGallery(torch.zeros(shape)).save(tmp_path / str(shape))
-        assert fc.MixedGallery.load(tmp_path / str(shape), verify=True)._old.shape == shape
+        found = fc.MixedGallery.load(tmp_path / str(shape), verify=True)
+        assert found.vectors(np.arange(shape[0]), "old").shape == shape
 
 
 @pytest.mark.parametrize("checksums", (True, False))
@@ -172,7 +183,8 @@ def test_a_manifest_names_files_of_its_own_folder_alone(checksums: bool, tmp_pat
         with pytest.raises(ValueError, match=r"manifest\.json|the file `"):
             fc.MixedGallery.load(folder)
     name_it("in")
-    assert torch.equal(fc.MixedGallery.load(folder, verify=checksums)._old, OLD)
+    found = fc.MixedGallery.load(folder, verify=checksums)
+    assert np.array_equal(found.vectors(found.ids, "old"), OLD)
 
 
 def test_what_takes_the_place_of_the_manifest(tmp_path: Path) -> None:

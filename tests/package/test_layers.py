@@ -25,7 +25,7 @@ FLOORS = (
     "_promoted prototypes judging.ranking",  # wide queries; class vectors; ranks
     "functional",  # the public functions
     "losses serving judging",  # modules; galleries and lists of results; figures
-    "transforms commands.report commands.evaluation",
+    "transforms serving.job commands.report commands.evaluation",
     "training __init__",
     "demo",
     "commands",

@@ -20,6 +20,7 @@ ROW, KEY = torch.randn(5), torch.randn(9)
 IDS = torch.arange(10).reshape(5, 2) % 9
 BARS = torch.zeros(5, 2)
 WALK, BOUNDS = torch.arange(9), torch.tensor([0, 4, 9])
+ITEMS = torch.tensor([8, -1, 6, 5, 4, 3, 2, 1, 0], dtype=torch.int32)
 
 SOFTMAX = dict(
     query=Q,
@@ -53,6 +54,7 @@ VALID = {
         key_labels=W,
         exclude=torch.tensor([-1, 0, 8, 4, 4]),
         packed=[_native.pack(K, WALK[:4], "ip"), _native.pack(K, WALK[4:], "ip")],
+        items=[ITEMS, ITEMS],
     ),
     "pair_scores": dict(query=Q, keys=K, ids=IDS, metric="cosine"),
     "count_beats": dict(
@@ -116,6 +118,11 @@ def sweep(name: str) -> tuple[int, int]:
     return raised, ran
 
 
+def topk_of_items(items: list[torch.Tensor], *labels: torch.Tensor) -> object:
+    sets = labels or (None, None)
+    return ops.topk([Q], [K], [None], [1.0], [0.0], 1, "ip", *sets, None, [], items=items)
+
+
 @pytest.mark.parametrize("name", VALID)
 def test_hostile_arguments_raise(name: str) -> None:
     """In a process of its own on every instruction set: a crash is its exit code."""
@@ -162,6 +169,13 @@ def test_hostile_arguments_raise(name: str) -> None:
         (
             lambda: ops.topk([Q], [K], [], [1.0], [0.0], 1, "ip", None, None, None, [torch.zeros(7)]),
             r"`packed` must be what pack\(\) made",
+        ),
+        (lambda: topk_of_items([ITEMS, ITEMS]), "the lists must have one entry per segment"),
+        (lambda: topk_of_items([ITEMS[1:]]), r"`items` must be torch.int32 \[9\]"),
+        (lambda: topk_of_items([ITEMS.long()]), r"`items` must be torch.int32 \[9\]"),
+        (
+            lambda: topk_of_items([ITEMS + 1], Y, W),
+            "`items` must be below 9, the length of `key_labels`: got 9",
         ),
         (lambda: _native.pack(K, WALK - 1, "ip"), "`rows` must hold row numbers of the keys"),
         (lambda: ops.pair_scores(Q, K, IDS + 9, "ip"), "must hold key numbers from 0 to 8"),
