@@ -258,7 +258,7 @@ PYBIND11_MODULE(_C, m) {
     return low;
   });
   m.def("packed_size", [](const SegmentTuple& t, int metric) {
-    const Segment segment = segment_of(t, 0, metric_of(metric), false);
+    const Segment segment = segment_of(t, 0, metric_of(metric), true);
     return packed_size(segment.keys, segment.count, metric_of(metric));
   });
   m.def(
