@@ -7,6 +7,7 @@ from .backfill import BackfillCurve, backfill_curve
 from .evaluate import RetrievalMetrics, retrieval_metrics
 from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
+from .judging.relevance import Relevance
 from .merge import merge_topk
 from .mixed_gallery import MixedGallery
 from .ordering import uncertainty
@@ -20,6 +21,7 @@ __all__ = [
     "MixedGallery",
     "Procrustes",
     "PrototypeBank",
+    "Relevance",
     "ResidualHead",
     "RetrievalMetrics",
     "ReverseQueryTransform",

@@ -19,6 +19,7 @@ FLOORS = (
     "_native _output _terminal",  # the native module; files and terminals
     "_checks _ops",  # errors in arguments; torch operators
     "reference _folder",  # the specification; stored tensors
+    "judging",  # relevance, figures
     "_search _ranking selfcheck",  # searches and ranks; are the kernels right
     "_loss_parts",
     "_autograd prototypes",  # gradients
