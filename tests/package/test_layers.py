@@ -24,7 +24,7 @@ FLOORS = (
     "_loss_parts",
     "_autograd prototypes",  # gradients
     "functional",  # the public functions
-    "losses evaluate merge backfill gallery ordering",  # modules, figures, results
+    "losses judging.agreement evaluate merge backfill gallery ordering",  # modules, figures, results
     "transforms mixed_gallery report vector_files",
     "training __init__ evaluate_command",
     "demo align_command",
