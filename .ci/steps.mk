@@ -10,10 +10,11 @@ steps := lint types cuda-choice cuda-wheel wheel-without-gpu sanitize threads mu
 # The order of start, where nothing else decides: what others wait for, then the longest.
 all: tests device-tests cuda-wheel $(steps)
 
+no_warnings := CXXFLAGS=-Werror
 project := -G Ninja -DSKBUILD_PROJECT_NAME=fastcompat -DSKBUILD_PROJECT_VERSION=0 -DFASTCOMPAT_CUDA=OFF
 # The commands of README.md as they stand there. The wheel of `cuda-wheel` has the CUDA kernels; these leave them out.
 readme = command=$$(sed -n '/<!-- $(1) -->/,/^```$$/p' README.md | sed '1,2d;$$d'); [ "$$command" ]; \
-         export SKBUILD_CMAKE_DEFINE=FASTCOMPAT_CUDA=OFF; echo "$$command"; eval "$$command"
+         export SKBUILD_CMAKE_DEFINE=FASTCOMPAT_CUDA=OFF $(no_warnings); echo "$$command"; eval "$$command"
 # PATH without nvcc: every folder that has it is replaced by links to everything else in it.
 hide_nvcc := hidden=; while read -rd : folder; do if [ -e "$$folder/nvcc" ]; then shadow=$$(mktemp -d); \
              ln -s "$$folder"/* "$$shadow"; rm "$$shadow/nvcc"; folder=$$shadow; fi; hidden+=$$folder:; done <<< "$$PATH:"; \
@@ -30,13 +31,13 @@ types: tests
 	basedpyright --pythonpath .venv-test/bin/python tests/typing
 
 # What the build does where nvcc is missing, too old, or refuses.
-cuda-choice:
-	pytest tests/build
+cuda-choice: tests
+	.venv-test/bin/pytest tests/build
 
 # Compiled by the nvcc of PyPI, on a machine that shows none.
 cuda-wheel:
 	$(hide_nvcc)
-	FASTCOMPAT_NVCC=pypi pip wheel -q --no-deps -w build/wheel .
+	$(no_warnings) FASTCOMPAT_NVCC=pypi pip wheel -q --no-deps -w build/wheel .
 
 # The same environment as for the tests, but for the package itself.
 wheel-without-gpu: cuda-wheel tests
@@ -46,8 +47,8 @@ wheel-without-gpu: cuda-wheel tests
 	.venv-wheel/bin/fastcompat info
 	best=$$(cd build && ../.venv-wheel/bin/python -c 'import fastcompat; assert fastcompat.build_info()["cuda"]
 	assert "no NVIDIA driver" in fastcompat._native._C.cuda.unusable(0); print(fastcompat.build_info()["simd"])')
-	.venv-wheel/bin/python -m pytest tests/package/test_install.py
-	.venv-wheel/bin/python -m pytest tests/engine/test_topk.py tests/engine/test_softmax_stats.py -k "$$best"
+	.venv-wheel/bin/python .venv-test/bin/pytest tests/package/test_install.py
+	.venv-wheel/bin/python .venv-test/bin/pytest tests/engine/test_topk.py tests/engine/test_softmax_stats.py -k "$$best"
 
 # AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:
@@ -87,11 +88,12 @@ python-3.10 python-3.13: python-%:
 	python=$${python:-$$(command -v python$* || true)}
 	if [ -z "$$python" ]; then echo "NOT RUN: there is no Python $*"; exit; fi
 	"$$python" -m venv build/python-$*
-	SKBUILD_CMAKE_DEFINE=FASTCOMPAT_CUDA=OFF build/python-$*/bin/pip install -q --no-deps .
+	$(no_warnings) SKBUILD_CMAKE_DEFINE=FASTCOMPAT_CUDA=OFF build/python-$*/bin/pip install -q --no-deps .
 	cd build
 	python-$*/bin/python -W error -m compileall -q ../fastcompat
-	python-$*/bin/python -c 'import glob, importlib.util as util, sysconfig
-	spec = util.spec_from_file_location("_C", *glob.glob(sysconfig.get_path("platlib") + "/fastcompat/_C*.so"))
+	python-$*/bin/python -c 'import importlib.util as util, sysconfig
+	module = sysconfig.get_path("platlib") + "/fastcompat/_C" + sysconfig.get_config_var("EXT_SUFFIX")
+	spec = util.spec_from_file_location("_C", module)
 	module = util.module_from_spec(spec); spec.loader.exec_module(module)
 	print(module.build()["version"], module.simd_levels())'
 

@@ -135,7 +135,7 @@ def _of_entries(name: str, entries: Sequence[Any], python: type | None) -> Tenso
     lengths = [len(entry) if hasattr(entry, "__len__") else 0 for entry in entries]
     row = next((i for i, length in enumerate(lengths) if length != lengths[0]), 0)
     raise ValueError(
-        f"`{name}` must have rows of one length: row {row} has {lengths[row]} entries and row 0 {lengths[0]}"
+        f"`{name}` must have rows of one length: row {row} has {lengths[row]}, row 0 has {lengths[0]}"
     )
 
 

@@ -33,9 +33,9 @@ def vectors(name: str, value: Any) -> Tensor:
     x = to_tensor(name, value, found)
     if x.dtype not in _checks.DTYPES:
         expected = "hold floating point numbers" if isinstance(value, NpyFile) else _BE_FLOATS
+        advice = f"; convert it with `{_conversion(name, value, 'float32')}` first"
         raise TypeError(
-            f"`{name}` must {expected}: {came(value, found.dtype)}; "
-            f"convert it with `{_conversion(name, value, 'float32')}` first"
+            f"`{name}` must {expected}: {came(value, found.dtype)}{advice * (not x.dtype.is_complex)}"
         )
     return x
 
@@ -137,10 +137,12 @@ def labels(
 def flags(name: str, value: Any, of: tuple[str, Tensor]) -> Tensor:
     """A mask: bool, one entry per row of `of`."""
     found = read(name, value)
-    if not is_text(found):
-        mask = to_tensor(name, value, found)
-        if mask.dtype == torch.bool:
-            return _fitting(name, value, _shaped(name, value, mask, 1), of)
+    if is_text(found):
+        held = came(value, "strings")
+        raise TypeError(f"`{name}` must be bool: {held}; compare them with the one that stands for True")
+    mask = to_tensor(name, value, found)
+    if mask.dtype == torch.bool:
+        return _fitting(name, value, _shaped(name, value, mask, 1), of)
     plain = isinstance(value, (list, tuple)) or _package(value) == "pyarrow"
     raise TypeError(
         f"`{name}` must be bool: {came(value, found.dtype)}; "
@@ -173,9 +175,14 @@ def whole(name: str, value: Any, kind: str) -> Tensor:
             advice = NUMBERING[kind] + _bits(name, value, kind)
             raise ValueError(f"`{name}` must be below 2^63: {held}; {advice}")
     if x.dtype.is_floating_point:
-        most = 2 / torch.finfo(x.dtype).eps  # from here on the dtype leaves whole numbers out
-        if (at := _first(~((x == x.trunc()) & (x.abs() <= most)))) is not None:
+        most = int(2 / torch.finfo(x.dtype).eps)  # from here on the dtype leaves whole numbers out
+        if (at := _first(x != x.trunc())) is not None:  # NaN among them
             raise TypeError(f"{must}: {came(value, f'{float(x.reshape(-1)[at]):g}')}; {NUMBERING[kind]}")
+        if (at := _first(x.abs() > most)) is not None:
+            held = came(value, f"{float(x.reshape(-1)[at]):.0f}")
+            raise TypeError(
+                f"{must} of at most {most}, beyond which {array.dtype} has not all of them: {held}"
+            )
     return x.to(torch.int64)
 
 

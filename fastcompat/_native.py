@@ -148,7 +148,7 @@ class _Call:
                 raise NonFiniteError(*_C.cuda.nonfinite(code))
 
     def refuse_overflow(self, scores: Tensor) -> None:
-        """Report infinite scores among the best that a search on a GPU found; the CPU's engine does."""
+        """Report infinite scores among the best that a search on a GPU found (the CPU's engine does so)."""
         if self.gpu and not torch.cuda.is_current_stream_capturing():
             beyond = (scores == torch.inf).any(1).nonzero()
             if len(beyond):

@@ -121,7 +121,7 @@ class Space:
         return counting.beaten_by(scores, items, block, len(bounds) - 1, thresholds, ids)
 
     def scores(self, q: Tensor, ids: Tensor) -> Tensor:
-        """All scores [B, N] of the queries `q`, those of the items `ids` in range (reference)."""
+        """All scores [B, N] of the queries `q`, among which the items `ids` are ranked (reference)."""
         scores = reference.scores(self.query[q], self.gallery, self.metric)
         self._refuse_overflow(q, scores.gather(1, ids.clamp(min=0)), ids)
         return scores

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
@@ -24,6 +26,14 @@ def refuse_missing_extra(error: ModuleNotFoundError, what: str) -> None:
     extra = (error.name or "").partition(".")[0]
     if extra in EXTRAS:
         fail(f'{what} needs {extra}: pip install "fastcompat[demo]"')
+
+
+@contextmanager
+def warned_once() -> Iterator[None]:
+    """What was said of the labels when their files were read is not said again by the functions."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*negative labels other than -1")
+        yield
 
 
 def shown(name: str | os.PathLike[str]) -> str:

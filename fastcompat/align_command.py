@@ -18,7 +18,7 @@ import fastcompat as fc
 
 from . import _checks, _inputs
 from ._output import OutputFolder
-from ._terminal import fail, print_report, shown
+from ._terminal import fail, print_report, shown, warned_once
 from .backfill import BackfillCurve
 from .npy_files import read_npy
 from .transforms.base import Transform, as_features
@@ -57,6 +57,7 @@ def align(
             _refuse_unanswerable(y[held_out])
         except (TypeError, ValueError) as error:
             fail(str(error))
+        stack.enter_context(warned_once())
         transform = _fitted(method, o[seen].float(), n[seen].float(), y[seen], seed)
         found = _judged(method, transform, o[held_out].float(), n[held_out].float(), y[held_out], seed)
         seconds = round(time.perf_counter() - start, 1)

@@ -171,16 +171,18 @@ def backfill_curve(
 
     Args:
         query_old: [Q, D_old], the queries in the old space; float32, bfloat16, float16 or float64 (float64
-            in either space runs the reference). Torch tensors, or NumPy arrays, which give NumPy arrays back.
-        old: [N, D_old], of the same dtype.
+            in either space runs the reference). What `fastcompat.topk` takes; anything but a tensor gives
+            NumPy arrays back.
+        old: [N, D_old]. Of two dtypes in one space the wider one is computed in; a narrower gallery is copied
+            into it.
         query_new: [Q, D_new], the same queries in the new space.
-        new: [N, D_new], of the same dtype as `query_new`.
-        query_labels: [Q] int64 or strings. A gallery item with the same label is relevant; a negative label
-            equals none.
-        gallery_labels: [N] alike.
+        new: [N, D_new].
+        query_labels: [Q] whole numbers, or strings on both sides. A negative label equals no label (a warning
+            says so where there are others than -1).
+        gallery_labels: [N].
         relevance: judged pairs instead of labels.
-        order: [N] int64, a permutation of the gallery ids, first to be backfilled first (None: random from
-            `seed`).
+        order: [N] whole numbers, a permutation of the gallery ids, first to be backfilled first (None:
+            random from `seed`).
         orders: how many random orders (from `seed`, `seed + 1`, ...) the curves are the mean of; with 2 or
             more `.low` and `.high` are the least and the greatest of them.
         states: T, from 2 to 10,000.
@@ -188,10 +190,10 @@ def backfill_curve(
         metric: "cosine", "ip" or "l2".
         baseline: (query [Q, D_b], gallery [N, D_b]) of the system that flips are counted against, ranked in
             its own space (None: state 0).
-        exclude: [Q] or [Q, E] int64, for each query gallery ids that are neither ranked nor relevant, such as
-            the query itself (-1: none).
-        exclude_groups: (query_groups [Q], gallery_groups [N]): items of the query's group are neither ranked
-            nor relevant (negative: no group).
+        exclude: [Q] or [Q, E] whole numbers, for each query gallery ids that are neither ranked nor relevant,
+            such as the query itself (-1: none).
+        exclude_groups: (query_groups [Q], gallery_groups [N]), labels of both sides: items of the query's
+            group are neither ranked nor relevant, such as those of the same camera (negative: no group).
         gain: what a grade g is worth in nDCG: "linear" g, "exp" 2^g - 1.
         seed: seed of the random order.
         backend: "auto", "native" or "reference" (T independent evaluations by a full stable sort).

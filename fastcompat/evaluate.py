@@ -106,18 +106,19 @@ def retrieval_metrics(
     document id instead, and scikit-learn averages over the orders of a tie: figures differ where scores tie.
 
     Args:
-        query: [Q, D] float32, bfloat16, float16 or float64 (float64 runs the reference). A torch tensor, or
-            a NumPy array, which gives NumPy arrays in `.per_query`.
-        gallery: [N, D], of the same dtype.
-        query_labels: [Q] int64 or strings.
-        gallery_labels: [N] alike.
+        query: [Q, D] float32, bfloat16, float16 or float64 (float64 runs the reference). What
+            `fastcompat.topk` takes; anything but a tensor gives NumPy arrays in `.per_query`.
+        gallery: [N, D]. Of two dtypes the wider one is computed in; a narrower gallery is copied into it.
+        query_labels: [Q] whole numbers, or strings on both sides. A negative label equals no label (a warning
+            says so where there are others than -1).
+        gallery_labels: [N].
         relevance: judged pairs instead of labels.
         ks: the cut-offs k of CMC@k, Recall@k and nDCG@k.
         metric: "cosine", "ip" or "l2".
-        exclude: [Q] or [Q, E] int64, for each query gallery ids that are neither ranked nor relevant, such as
-            the query itself (-1: none).
-        exclude_groups: (query_groups [Q], gallery_groups [N]), int64 or strings: items of the query's group
-            are neither ranked nor relevant, such as those of the same camera (negative: no group).
+        exclude: [Q] or [Q, E] whole numbers, for each query gallery ids that are neither ranked nor relevant,
+            such as the query itself (-1: none).
+        exclude_groups: (query_groups [Q], gallery_groups [N]), labels of both sides: items of the query's
+            group are neither ranked nor relevant, such as those of the same camera (negative: no group).
         map_at: K, to get mAP@K as `.map` (None: over the whole ranking).
         gain: what a grade g is worth in nDCG: "linear" g, "exp" 2^g - 1.
         backend: "auto", "native" or "reference" (a full stable sort of all scores of a query).

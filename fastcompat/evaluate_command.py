@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ._output import OutputFolder
-from ._terminal import fail, print_report, refuse_missing_extra, shown
+from ._terminal import fail, print_report, refuse_missing_extra, shown, warned_once
 
 
 def evaluate(
@@ -54,6 +54,7 @@ def evaluate(
             folder = stack.enter_context(OutputFolder(out.parent, report.names(out.name)))
             upgrade = vector_files.load(old, new, labels, query_old, query_new, query_labels)
             given = None if order == "random" else vector_files.read_order(Path(order))
+            stack.enter_context(warned_once())
             found = vector_files.curves(upgrade, given, metric, states, seed)
         except (TypeError, ValueError) as error:
             fail(str(error))

@@ -37,10 +37,12 @@ def mixed_topk(
     nothing or everything backfilled the result is that of `fastcompat.topk` on `old` or on `new`, exactly.
 
     Args:
-        query_old: [B, D_old], the queries in the old space; float32, bfloat16, float16 or float64 (float64
-            runs the reference). Torch tensors, or NumPy arrays, which give NumPy arrays back.
-        old: [N, D_old], of the same dtype. Rows of backfilled items are never read and may hold anything.
-        query_new: [B, D_new], the same queries in the new space.
+        query_old: [B, D_old], or one vector [D_old], the queries in the old space; float32, bfloat16, float16
+            or float64 (float64 runs the reference). What `fastcompat.topk` takes; anything but a tensor gives
+            NumPy arrays back.
+        old: [N, D_old]; of two dtypes the wider one is computed in, as in `fastcompat.topk`. Rows of
+            backfilled items are never read and may hold anything.
+        query_new: [B, D_new], or [D_new], the same queries in the new space.
         new: [N, D_new]. Rows of items not yet backfilled are never read.
         backfilled: [N] bool.
         k: how many items to return.
@@ -51,7 +53,7 @@ def mixed_topk(
 
     Returns:
         scores [B, k] and ids [B, k] (int64), best first; of two equal scores the smaller id first; score
-        -inf and id -1 where there are fewer than k items.
+        -inf and id -1 where there are fewer than k items. [k] for one vector.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; NaN or inf in a row that is read, naming the first.

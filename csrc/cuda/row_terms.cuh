@@ -79,9 +79,8 @@ __global__ void __launch_bounds__(32 * ROW_WARPS) row_kernel(const __grid_consta
     const float square = squared_norm(p.matrix, row, wide);
     RowTerms terms;
     set_factors(p.metric, p.keys, square, wide, terms);
-    terms.residual = 0;
     if (p.packed) terms.residual = pack_row<T>(p, row, p.packed + (at - p.first) * p.terms_kept * columns, columns);
-    terms.norm = root_above(square, p.matrix.dim) + terms.residual;
+    terms.norm += root_above(square, p.matrix.dim) + terms.residual;
     const KeyBounds b = bounds_of(terms);
     bounds = {fmaxf(bounds.residual, b.residual), fmaxf(bounds.norm, b.norm), fmaxf(bounds.add, b.add),
               fmaxf(bounds.multiply, b.multiply)};

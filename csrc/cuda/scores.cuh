@@ -1,8 +1,13 @@
 // One score, one arithmetic: every score that is returned or compared comes from score_of, whichever kernel asks.
-//   inner = <q, k> * key.multiply + key.add;   score = scale * min(most, inner * query.multiply + query.add) + offset
-//   cosine: multiply = 1/|row|;   ip: 1;   l2: key (2, -|k|^2), query (1, -|q|^2), most = 0.
-// A warp adds the products of a pair in fp32, in an order that depends on the dimension alone. What tensor cores
-// compute is never a result: it only tells, with inner_error, which pairs need score_of.
+//   cosine, ip: score = scale * <q, k> * key.multiply * query.multiply + offset, multiply = 1/|row| (cosine) or 1;
+//   l2: score = scale * -sum (q - k)^2 + offset.
+// A warp adds the terms of a pair in fp32, in an order that depends on the dimension alone. What tensor cores compute
+// is never a result: it only tells, with inner_error, which pairs need score_of. For l2 they compute
+// 2<q, k> - |k|^2 - |q|^2, of which the bound knows that it cancels:
+//   inner = <q, k> * key.multiply + key.add;   screened = scale * min(most, inner * query.multiply + query.add) +
+//   offset l2: key (2, -|k|^2), query (1, -|q|^2), most = 0.
+// Rows of extreme norms, whose products no float holds, are never screened: score_of multiplies them by a power of two
+// first (lift), exactly.
 #pragma once
 #include "device.h"
 #include "engine.h"
@@ -15,9 +20,9 @@ constexpr uint32_t ALL_LANES = ~0u;
 using code_t = unsigned long long;  // what 64-bit atomics take
 
 struct alignas(16) RowTerms {
-  float multiply, add;
-  float norm;      // at least that of the row, and of what tensor cores see of it; infinite where float overflows
-  float residual;  // at least the norm of what they do not see
+  float multiply, add;  // `add` is the lift where the norm is infinite, but with l2
+  float norm;           // at least that of the row, and of what tensor cores see of it; infinite where it is extreme
+  float residual;       // at least the norm of what they do not see
 };
 
 // Of one key, or the largest of a tile.
@@ -89,15 +94,16 @@ __device__ __forceinline__ void load8(const Matrix& m, int64_t row, int64_t d, f
   }
 }
 
-// <row i of a, row j of b>, by a whole warp: lane l adds elements 8l .. 8l + 7 of every 256.
-__device__ __forceinline__ float dot(const Matrix& a, int64_t i, const Matrix& b, int64_t j) {
+// The sum of step(element of a, element of b, sum), by a whole warp: lane l adds elements 8l .. 8l + 7 of every 256.
+template <class Step>
+__device__ __forceinline__ float sum_of(const Matrix& a, int64_t i, const Matrix& b, int64_t j, Step step) {
   float sum = 0;
   for (int64_t d = threadIdx.x % 32 * 8; d < a.dim; d += 256) {
     float x[8], y[8];
     load8(a, i, d, x);
     load8(b, j, d, y);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum = __fmaf_rn(x[e], y[e], sum);
+    for (int e = 0; e < 8; ++e) sum = step(x[e], y[e], sum);
   }
   return warp_sum(sum);
 }
@@ -109,16 +115,28 @@ __device__ __forceinline__ float finish(float inner, float multiply, float add, 
   return __fadd_rn(__fmaf_rn(score > most ? most : score, s.segment.scale, s.segment.offset), 0.0f);
 }
 
+__device__ __forceinline__ float lift_of(const RowTerms& t) { return t.norm < CUDART_INF_F ? 1.0f : t.add; }
+
 __device__ __forceinline__ float score_of(const Space& s, int64_t query, const RowTerms& q, int64_t row,
                                           const RowTerms& k) {
-  const float inner = __fmaf_rn(dot(s.segment.query, query, s.segment.keys, row), k.multiply, k.add);
-  return finish(inner, q.multiply, q.add, s);
+  if (s.metric == Metric::l2) {
+    const float square = sum_of(s.segment.query, query, s.segment.keys, row, [](float x, float y, float sum) {
+      const float t = __fsub_rn(x, y);
+      return __fmaf_rn(t, t, sum);
+    });
+    return finish(-square, 1, 0, s);
+  }
+  const float lift_q = lift_of(q), lift_k = lift_of(k);
+  const float dot = sum_of(s.segment.query, query, s.segment.keys, row, [&](float x, float y, float sum) {
+    return __fmaf_rn(__fmul_rn(x, lift_q), __fmul_rn(y, lift_k), sum);
+  });
+  return finish(__fmul_rn(dot, k.multiply), q.multiply, 0, s);
 }
 
-// The squared norm of a row in the arithmetic of its scores, and in double where float could overflow or underflow:
-// infinity or NaN when the row is not finite.
+// The squared norm of a row, and in double where float could overflow or underflow: infinity or NaN when the row is not
+// finite.
 __device__ __forceinline__ float squared_norm(const Matrix& m, int64_t row, double& wide) {
-  const float square = dot(m, row, m, row);
+  const float square = sum_of(m, row, m, row, [](float x, float y, float sum) { return __fmaf_rn(x, y, sum); });
   wide = square;
   if (!(square > 1e-30f && square < 1e37f)) {
     wide = 0;
@@ -136,15 +154,33 @@ __device__ __forceinline__ float squared_norm(const Matrix& m, int64_t row, doub
 
 __device__ __forceinline__ bool is_finite(double wide) { return wide <= 1.7e308; }
 
+// The power of two for a row of extreme norm: with cosine its norm comes near 1, with ip towards its square root, so
+// that neither the sum nor what undoes this passes the range of floats where the score does not. 1 for other rows.
+__device__ __forceinline__ float lift_for(Metric metric, double wide) {
+  if (!(wide > 0 && is_finite(wide)) || (wide > 1e-24 && wide < 1e24)) return 1;
+  const int norm = ilogb(wide) >> 1;
+  const int up = metric == Metric::ip ? min(max(norm / 2, -38), 38) - norm : min(max(-norm, -120), 120);
+  return __uint_as_float(static_cast<uint32_t>(up + 127) << 23);
+}
+
+// Sets all but the residual; norm: infinity, or 0 to be added to.
 __device__ __forceinline__ void set_factors(Metric metric, bool key, float square, double wide, RowTerms& terms) {
-  terms.multiply = 1;
-  terms.add = 0;
-  if (metric == Metric::cosine) {
-    const double inverse = wide > 0 ? 1 / sqrt(wide) : 0;
-    terms.multiply = static_cast<float>(inverse < 3e38 ? inverse : 3e38);
-  } else if (metric == Metric::l2) {
+  terms = {1, 0, 0, 0};
+  if (metric == Metric::l2) {
     terms.multiply = key ? 2 : 1;
     terms.add = -square;
+    return;
+  }
+  const float lift = lift_for(metric, wide);
+  if (lift != 1) {
+    terms.norm = CUDART_INF_F;
+    terms.add = lift;
+  }
+  if (metric == Metric::cosine) {
+    const double norm = sqrt(wide) * lift;
+    terms.multiply = norm > 0 ? static_cast<float>(1 / norm) : 0.0f;
+  } else {
+    terms.multiply = 1 / lift;
   }
 }
 
@@ -176,12 +212,15 @@ __device__ __forceinline__ int64_t id_of_code(code_t code) {
 // 1.25 dim 2^-23), score_of rounds (at most dim 2^-24), with something to spare.
 __device__ __forceinline__ float accumulation_error(int64_t dim) { return (static_cast<float>(dim) + 64) * 0x1p-22f; }
 
+// What l2 loses of a squared norm: its rounding, and that of the exact score, which is at most 2(|q|^2 + |k|^2).
+__device__ __forceinline__ float square_error(int64_t dim) { return (static_cast<float>(dim) / 8 + 64) * 0x1p-23f; }
+
 // Bound of |screened - exact| of `inner`, by Cauchy-Schwarz on what rounding left out, plus both accumulations' error,
 // products that underflow, and the rounding of inner itself.
 __device__ __forceinline__ float inner_error(const RowTerms& q, const KeyBounds& k, int64_t dim) {
   const float product = q.norm * k.norm;
   return q.norm * k.residual + q.residual * k.norm + accumulation_error(dim) * product +
-         static_cast<float>(dim) * 0x1p-120f * k.multiply + 0x1p-19f * (product + k.add);
+         static_cast<float>(dim) * 0x1p-120f * k.multiply + 0x1p-19f * (product + k.add) + square_error(dim) * k.add;
 }
 
 __device__ __forceinline__ KeyBounds bounds_of(const RowTerms& k) {
@@ -194,7 +233,8 @@ __device__ __forceinline__ void score_interval(float inner, const RowTerms& q, c
   const float screened = finish(inner, q.multiply, q.add, s);
   const float error = inner_error(q, bounds_of(k), s.segment.keys.dim);
   const float slack =
-      fabsf(s.segment.scale) * (q.multiply * error + 0x1p-19f * fabsf(q.add)) + 0x1p-20f * fabsf(s.segment.offset);
+      fabsf(s.segment.scale) * (q.multiply * error + (0x1p-19f + square_error(s.segment.keys.dim)) * fabsf(q.add)) +
+      0x1p-20f * fabsf(s.segment.offset);
   low = screened - slack;
   high = screened + slack;
   if (!(low >= -3e38f && high <= 3e38f)) {
@@ -208,7 +248,8 @@ __device__ __forceinline__ float inner_level(float threshold, const RowTerms& q,
   const float scale = s.segment.scale, offset = s.segment.offset;
   if (!(scale > 0 && q.multiply > 0)) return -CUDART_INF_F;
   const float level = ((threshold - offset) / scale - q.add) / q.multiply;
-  return level - 0x1p-18f * ((fabsf(threshold) + fabsf(offset)) / scale + fabsf(q.add)) / q.multiply;
+  const float size = (fabsf(threshold) + fabsf(offset)) / scale + fabsf(q.add);
+  return level - (0x1p-18f * size + square_error(s.segment.keys.dim) * fabsf(q.add)) / q.multiply;
 }
 
 // The same for all keys of a tile as they are screened.

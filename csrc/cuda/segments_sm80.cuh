@@ -81,7 +81,7 @@ class SegmentScreen {
     block_ = std::max<int64_t>(s.count, 1);
     if (!readable(s.query)) query_packed_ = scratch.take<uint16_t>(queries * packed_columns());
     if (!readable(s.keys) || (s.rows && !gathers)) {
-      const int64_t fit = limits.packed_bytes / 2 / packed_columns() / TILE * TILE;
+      const int64_t fit = limits.packed_bytes / 2 / std::max<int64_t>(packed_columns(), 1) / TILE * TILE;
       block_ = std::min(block_, std::max<int64_t>(fit, TILE));
       keys_packed_ = scratch.take<uint16_t>(block_ * packed_columns());
     }

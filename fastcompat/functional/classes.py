@@ -104,7 +104,7 @@ def prototype_loss(
         labels: int64 [B] below C; a row with a negative label takes no part.
         perturbed: [C, D], frozen; default: `prototypes`.
         perturb_negatives: use `perturbed` for the other classes as well.
-        temperature: a float or a 0-dim tensor that may want a gradient.
+        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
         normalize: L2-normalise features and prototypes first.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).

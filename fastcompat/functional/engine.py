@@ -38,7 +38,8 @@ def softmax_stats(
         query: [B, D].
         keys: [N, D]; mixed dtypes are promoted.
         scale: a float or a 0-dim tensor that may want a gradient.
-        bias: float32 [N].
+        bias: float32 [N]; a key of bias -inf is in no set (padding). Logits must be finite in float32:
+            beyond 1e38 (on GPUs) or 3.4e38 they act as infinities, with NaN gradients as in torch.
         query_labels: int64 [B], together with `key_labels`.
         key_labels: int64 [N].
         positive: int64 [B], a key number or -1.
@@ -77,18 +78,29 @@ def topk(
 ) -> tuple[Array, Array]:
     """The k best keys of every query, exactly: best first, ties to the smaller id.
 
-    Takes tensors or NumPy arrays and returns the same kind. No gradient.
+    Takes tensors, NumPy arrays, lists, data frames and their columns (by position, the index is ignored), and
+    returns tensors for a tensor `query`, else NumPy arrays. No gradient. The order is that of the scores in
+    float32, each of which is computed from its pair alone, by one arithmetic, here and in `ranks`::
+
+        cosine  <q, k> / (|q| |k|)      off by at most (D + 8) 2^-24
+        ip      <q, k>                  off by at most (D + 8) 2^-24 |q| |k|
+        l2      -sum_d (q_d - k_d)^2    off by at most (D + 8) 2^-24 of itself, far from the origin too
+
+    and by 2^-149 for each of its terms. Keys whose scores differ by less may change places.
 
     Args:
-        query: [B, D].
-        keys: [N, D], with the dtype of `query`.
+        query: [B, D], or one vector [D], which gives [k] back. Python's own numbers count as float32.
+        keys: [N, D]. Where its dtype differs from that of `query`, the wider one is computed in, such as
+            float32 for float32 queries of a float16 store, whose keys are widened block by block. Norms may
+            be anything: rows whose products would leave the range of float32 are scaled by powers of two and
+            back. D may be 0: then all scores are 0.
         k: at least 1; places beyond the number of candidates hold score -inf and id -1.
         metric: "cosine" (a zero vector has cosine 0 with everything), "ip" (inner product) or "l2" (score =
             minus the squared distance). Higher is better.
-        query_labels: int64 [B], together with `key_labels`: keys with the query's label are skipped (hard
-            negatives).
-        key_labels: int64 [N].
-        exclude: int64 [B], a key number to skip, or -1.
+        query_labels: [B] whole numbers (a negative one equals no label) or strings, together with
+            `key_labels`: keys with the query's label are skipped (hard negatives).
+        key_labels: [N].
+        exclude: [B] whole numbers: a key number to skip, or -1.
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -96,7 +108,12 @@ def topk(
 
     Raises:
         ValueError, TypeError: arguments that do not fit; NaN or inf in `query` or `keys`, naming the first
-            bad row.
+            bad row; masked or missing entries; a score beyond 3.4e38 ("ip", "l2") that could be among the
+            best, naming the query's row.
+
+    Example::
+
+        scores, ids = fc.topk(queries, gallery, 10, metric="l2")
     """
     _checks.choice("metric", metric, _checks.METRICS)
     k = _checks.positive_int("k", k)
@@ -131,14 +148,14 @@ def ranks(
 ) -> Array:
     """How many keys beat each target: its place in the full ranking of `topk`, without sorting anything.
 
-    Takes tensors or NumPy arrays and returns the same kind. No gradient.
+    Takes what `topk` takes, and returns a tensor for a tensor `query`, else a NumPy array. No gradient.
 
     Args:
-        query: [B, D].
-        keys: [N, D], with the dtype of `query`.
-        targets: int64 [B, P], key numbers; -1 pads.
+        query: [B, D], or one vector [D] with targets [P].
+        keys: [N, D]. Of two dtypes the wider one is computed in; narrower keys are copied into it.
+        targets: [B, P] whole numbers: key numbers; -1 pads.
         metric: "cosine", "ip" or "l2", as in `topk`.
-        exclude: int64 [B], a key number that does not count, or -1.
+        exclude: [B] whole numbers: a key number that does not count, or -1.
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -146,7 +163,7 @@ def ranks(
 
     Raises:
         ValueError, TypeError: arguments that do not fit; NaN or inf in `query` or `keys`, naming the first
-            bad row.
+            bad row; a target's score beyond 3.4e38 ("ip", "l2"), naming the query's row.
     """
     _checks.choice("metric", metric, _checks.METRICS)
     q, x, single = _inputs.pair(("query", "keys"), query, keys, single=True)

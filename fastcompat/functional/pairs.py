@@ -41,7 +41,7 @@ def contrastive_loss(
         key_labels: int64 [N].
         positive: int64 [B], a key number or -1.
         exclude: int64 [B], a key number or -1.
-        temperature: a float or a 0-dim tensor that may want a gradient.
+        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
         positives: "sum_in_log" or "mean_out".
         normalize: L2-normalise both sides first.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
@@ -92,7 +92,7 @@ def simclr_loss(
     Args:
         first: [B, D], one random view of each image.
         second: [B, D], another one.
-        temperature: a float or a 0-dim tensor that may want a gradient.
+        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
         normalize: L2-normalise the embeddings first.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).
@@ -160,7 +160,7 @@ def ract_loss(
         key_labels: int64 [N], the bank's labels; needed with a bank.
         key_index: int64 [B], where row i sits among the keys (-1: nowhere); default: its own row without a
             bank, nowhere with one.
-        temperature: a float or a 0-dim tensor that may want a gradient.
+        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
         k: how many negatives of each kind; None takes all of them.
         detach_keys: no gradient into `new_keys` (nor into `new` as keys).
         normalize: L2-normalise everything first.
@@ -252,7 +252,7 @@ def metric_compatible_loss(
         new: [B, D_new], `n` or `rho(n)`.
         old: [B, D_old], the old model's embeddings of the same images; never gets a gradient.
         labels: int64 [B]; a row with a negative label takes no part, and is a negative of every other row.
-        temperature: a float or a 0-dim tensor that may want a gradient.
+        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
         positives: "sum_in_log" or "mean_out".
         shared_negatives: False gives each term its own negatives alone (the single-system ablation).
         normalize: L2-normalise everything first.

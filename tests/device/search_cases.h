@@ -51,11 +51,12 @@ inline double dot64(const float* a, const float* b, int64_t dim) {
 }
 
 // Lane l of 32 adds elements 8l .. 8l + 7 of every 256; then lanes that differ in bit 4, 3, 2, 1, 0 are added.
-inline float dot32(const float* a, const float* b, int64_t dim) {
+template <class Term>
+float sum32(int64_t dim, Term term) {
   float lanes[32] = {}, next[32];
   for (int l = 0; l < 32; ++l)
     for (int64_t first = 8 * l; first < dim; first += 256)
-      for (int64_t d = first; d < std::min(first + 8, dim); ++d) lanes[l] = std::fmaf(a[d], b[d], lanes[l]);
+      for (int64_t d = first; d < std::min(first + 8, dim); ++d) lanes[l] = term(d, lanes[l]);
   for (int bit = 16; bit; bit /= 2) {
     for (int l = 0; l < 32; ++l) next[l] = lanes[l] + lanes[l ^ bit];
     std::copy(next, next + 32, lanes);
@@ -66,31 +67,43 @@ inline float dot32(const float* a, const float* b, int64_t dim) {
 inline double score64(const float* q, const float* k, int64_t dim, Metric metric) {
   const double dot = dot64(q, k, dim), qq = dot64(q, q, dim), kk = dot64(k, k, dim);
   if (metric == Metric::ip) return dot;
-  if (metric == Metric::l2) return std::min(0.0, 2 * dot - qq - kk);
-  return qq > 0 && kk > 0 ? dot / std::sqrt(qq) / std::sqrt(kk) : 0;
+  if (metric == Metric::cosine) return qq > 0 && kk > 0 ? dot / std::sqrt(qq) / std::sqrt(kk) : 0;
+  double square = 0;
+  for (int64_t d = 0; d < dim; ++d) square += (static_cast<double>(q[d]) - k[d]) * (static_cast<double>(q[d]) - k[d]);
+  return -square;
 }
 
-// What rounding may do to a score: of the dot product (in any order), of norms, of the last operations.
+// What rounding may do to a score: of the terms of its sum (in any order), of norms, of the last operations.
 inline double allowed_error(const float* q, const float* k, int64_t dim, Metric metric) {
   const double qq = dot64(q, q, dim), kk = dot64(k, k, dim), unit = std::ldexp(static_cast<double>(dim) + 8, -23);
   if (metric == Metric::cosine) return unit;
-  return unit * (metric == Metric::ip ? std::sqrt(qq * kk) : qq + kk + 2 * std::sqrt(qq * kk)) + 1e-44;
+  return unit * (metric == Metric::ip ? std::sqrt(qq * kk) : -score64(q, k, dim, metric)) + 1e-44;
+}
+
+// The power of two that a row is multiplied by, and what the sum is multiplied by then.
+inline std::pair<float, float> factors32(const float* x, int64_t dim, Metric metric) {
+  const float square = sum32(dim, [&](int64_t d, float sum) { return std::fmaf(x[d], x[d], sum); });
+  const double wide = square > 1e-30f && square < 1e37f ? square : dot64(x, x, dim);
+  float lift = 1;
+  if (wide > 0 && (wide < 1e-24 || wide > 1e24)) {
+    const int norm = static_cast<int>(std::floor(std::ilogb(wide) / 2.0));
+    lift = std::ldexp(1.0f, metric == Metric::ip ? std::clamp(norm / 2, -38, 38) - norm : std::clamp(-norm, -120, 120));
+  }
+  if (metric == Metric::ip) return {lift, 1 / lift};
+  const double norm = std::sqrt(wide) * lift;
+  return {lift, norm > 0 ? static_cast<float>(1 / norm) : 0.0f};
 }
 
 inline float score32(const float* q, const float* k, int64_t dim, Metric metric, float scale = 1, float offset = 0) {
-  auto factor = [&](const float* x) {
-    const float square = dot32(x, x, dim);
-    const double wide = square > 1e-30f && square < 1e37f ? square : dot64(x, x, dim);
-    const double inverse = wide > 0 ? 1 / std::sqrt(wide) : 0;
-    return static_cast<float>(inverse < 3e38 ? inverse : 3e38);
-  };
-  float score = dot32(q, k, dim);
-  if (metric == Metric::cosine)
-    score = score * factor(k) * factor(q);
-  else if (metric == Metric::l2)
-    score = std::fmaf(2, score, -dot32(k, k, dim)) - dot32(q, q, dim);
-  if (metric == Metric::l2 && score > 0) score = 0;
-  return std::fmaf(score, scale, offset) + 0.0f;
+  if (metric == Metric::l2) {
+    const float square = sum32(dim, [&](int64_t d, float sum) { return std::fmaf(q[d] - k[d], q[d] - k[d], sum); });
+    return std::fmaf(-square, scale, offset) + 0.0f;
+  }
+  const auto [lift_q, multiply_q] = factors32(q, dim, metric);
+  const auto [lift_k, multiply_k] = factors32(k, dim, metric);
+  const float lq = lift_q, lk = lift_k;
+  const float dot = sum32(dim, [&](int64_t d, float sum) { return std::fmaf(q[d] * lq, k[d] * lk, sum); });
+  return std::fmaf(dot * multiply_k * multiply_q, scale, offset) + 0.0f;
 }
 
 struct Part {
@@ -125,6 +138,12 @@ inline std::vector<float> near_ties(int64_t rows, int64_t dim, unsigned seed, fl
   const auto base = gauss(1, dim, seed), noise = gauss(rows, dim, seed + 1, relative);
   std::vector<float> out(static_cast<size_t>(rows * dim));
   for (int64_t i = 0; i < rows * dim; ++i) out[i] = base[i % dim] * (1 + noise[i]);
+  return out;
+}
+// Around a point far from the origin: squared norms cancel in a distance.
+inline std::vector<float> far_away(int64_t rows, int64_t dim, unsigned seed, float mean) {
+  auto out = gauss(rows, dim, seed);
+  for (float& x : out) x += mean;
   return out;
 }
 // Few different rows, each many times.

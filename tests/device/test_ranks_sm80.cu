@@ -166,6 +166,13 @@ DEVICE_TEST_OF_VALUES(beats_near_ties_and_duplicates) {
   check_beats(part_of<bf16>(gauss(3, 24, 7), 3, duplicates(600, 24, 8, 5), 600, 24), Metric::cosine, {0, 600}, 9);
 }
 
+DEVICE_TEST_OF_VALUES(beats_l2_far_from_the_origin) {
+  for (float mean : {30.0f, 3e4f})
+    check_beats(part_of<float>(far_away(6, 16, 5, mean), 6, far_away(400, 16, 6, mean), 400, 16), Metric::l2,
+                {0, 170, 400}, 12, true);
+  check_beats(part_of<bf16>(far_away(6, 48, 5, 30), 6, far_away(400, 48, 6, 30), 400, 48), Metric::l2, {0, 400}, 12);
+}
+
 DEVICE_TEST_OF_VALUES(beats_norms_of_every_size) {
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
     check_beats(part_of<float>(mixed_norms(6, 16, 9, 3), 6, mixed_norms(400, 16, 10, 5), 400, 16), metric,

@@ -69,6 +69,15 @@ DEVICE_TEST_OF_VALUES(topk_duplicates_tie_by_id) {
   check_topk(halves, 500, Metric::cosine);
 }
 
+DEVICE_TEST_OF_VALUES(topk_l2_far_from_the_origin) {
+  for (float mean : {30.0f, 3e4f}) {
+    std::vector<Part> parts = {part_of<float>(far_away(6, 16, 5, mean), 6, far_away(400, 16, 6, mean), 400, 16)};
+    check_topk(parts, 7, Metric::l2);
+  }
+  std::vector<Part> halves = {part_of<bf16>(far_away(6, 48, 5, 30), 6, far_away(400, 48, 6, 30), 400, 48)};
+  check_topk(halves, 7, Metric::l2);
+}
+
 DEVICE_TEST_OF_VALUES(topk_norms_of_every_size) {
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
     std::vector<Part> parts = {part_of<float>(mixed_norms(7, 16, 7, 3), 7, mixed_norms(800, 16, 8, 5), 800, 16)};

@@ -61,6 +61,16 @@ DEVICE_TEST_OF_VALUES(hopper_topk_near_ties_and_duplicates) {
   check_topk(zero, 5, Metric::cosine);
 }
 
+DEVICE_TEST_OF_VALUES(hopper_topk_l2_far_from_the_origin) {
+  allow_hopper();
+  for (float mean : {30.0f, 3e4f}) {
+    std::vector<Part> parts = {part_of<float>(far_away(6, 16, 5, mean), 6, far_away(400, 16, 6, mean), 400, 16)};
+    check_topk(parts, 7, Metric::l2);
+  }
+  std::vector<Part> halves = {part_of<bf16>(far_away(6, 48, 5, 30), 6, far_away(400, 48, 6, 30), 400, 48)};
+  check_topk(halves, 7, Metric::l2);
+}
+
 DEVICE_TEST_OF_VALUES(hopper_topk_norms_of_every_size) {
   allow_hopper();
   for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {

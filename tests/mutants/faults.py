@@ -23,8 +23,8 @@ FAULTS = {
     ),
     "a mean counts rows without positives": Fault(
         "softmax_loss.cpp",
-        "count += p.positive ? p.positive[i] >= 0 &&",
-        "count += p.positive ? true &&",
+        "std::max<int64_t>(1, rows_with_positives(p, rows))",
+        "std::max<int64_t>(1, p.query.rows)",
         ("softmax_loss",),
     ),
     "cached exponentials are read with the shift of the first block": Fault(
@@ -45,8 +45,8 @@ FAULTS = {
         "top = std::max(top, part.max[s * B + i]);\n      if (plan.splits > 1) part.sum_exp[B + i] = 0;",
         ("softmax_stats",),
     ),
-    "the scale's gradient leaves out the last number": Fault(
-        "softmax_stats.cpp", "dot(row.data(), ui, D)", "dot(row.data(), ui, D - 1)", ("softmax_query_grad",)
+    "the scale's gradient is a tenth too small": Fault(
+        "softmax_stats.cpp", "dscale[i] = ", "dscale[i] = 0.9f * ", ("softmax_query_grad",)
     ),
     "the key gradient knows no bias": Fault(
         "softmax.inl",
@@ -62,8 +62,8 @@ FAULTS = {
     ),
     "rounding is said to hide nothing": Fault(
         "screen.inl",
-        "return Simd::fma(slack[v], Simd::set1(key_norm), Simd::mul(norm[v], Simd::set1(key_slack)));",
-        "return Simd::mul(Simd::set1(0 * key_norm), Simd::set1(0 * key_slack));",
+        "const auto blur = [&](float key_norm, float key_slack, int v) {",
+        "const auto blur = [&](float key_norm, float key_slack, int v) {\n    key_norm = key_slack = 0;",
         ("topk",),
     ),
     "every seventh key is never a candidate": Fault(
@@ -88,10 +88,7 @@ FAULTS = {
         "simd_avx2.h", "const int left = width - 4 * g;", "const int left = width - 1 - 4 * g;", ("topk",)
     ),
     "packed blocks hold the rows of the first of four": Fault(
-        "topk.inl",
-        ".fill(item.keys, item.metric, first, n, item.bad, ws);",
-        ".fill(item.keys, item.metric, item.begin, n, item.bad, ws);",
-        ("pack",),
+        "topk.inl", "first, n, item.bad, ws)", "item.begin, n, item.bad, ws)", ("pack",)
     ),
     "a rank goes to the larger id": Fault(
         "intervals.inl",
@@ -109,9 +106,6 @@ FAULTS = {
         "ranks.inl", "if (excluded(t, lane, ids[i]))", "if (false)", ("count_beats",)
     ),
     "a place without a key has a score": Fault(
-        "ranks.inl",
-        "item.ids[at] < 0 ? -kInf : scores[lane - v * W]",
-        "scores[lane - v * W]",
-        ("pair_scores",),
+        "ranks.inl", "< 0 ? -kInf :", "< -1 ? -kInf :", ("pair_scores",)
     ),
 }

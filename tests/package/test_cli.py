@@ -338,7 +338,8 @@ def test_a_table_fits_the_terminal(
 
 
 def test_a_terminal_without_unicode_stops_nothing(tmp_path: Path):
-    script = "from fastcompat import cli, _terminal; cli._command(); _terminal.fail('caf\\udce9 caf\\u00e9 \\u6570')"
+    name = "caf\\udce9 caf\\u00e9 \\u6570"
+    script = f"from fastcompat import cli, _terminal; cli._command(); _terminal.fail('{name}')"
     ran = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,

@@ -361,7 +361,10 @@ WRONG = {
         ),
         "strings on one side": (lambda x: NAMES[x], "must hold strings as"),
         "halves": (lambda x: x / 2, "must hold whole numbers: got 0.5"),
-        "float16 beyond 2048": (lambda x: (x + 4001).astype("f2"), "must hold whole numbers: got 400"),
+        "float16 beyond 2048": (
+            lambda x: (x + 4001).astype("f2"),
+            "of at most 2048, beyond which float16 has not all of them: got 400",
+        ),
         "hashes": (lambda x: x.astype("u8") + 2**63, "must be below 2^63: got 9223372036854775808"),
         "large list": (lambda x: swapped(x, 2**64), "must fit int64: got 18446744073709551616"),
         "one-hot": (lambda x: np.eye(4)[x], "must have 1 dimension: got shape"),
@@ -373,7 +376,7 @@ WRONG = {
         "strings": (lambda x: x.astype(str), "must hold whole numbers: got strings"),
         "hashes": (lambda x: x.astype("u8") + 2**63, "must be below 2^63: got 9223372036854775"),
     },
-    "mask": {"strings": (lambda x: x.astype(str), "must be bool: got <U5")},
+    "mask": {"strings": (lambda x: x.astype(str), "must be bool: got strings; compare them")},
 }
 WRONG["ids"] = WRONG["rows"]
 CALLED = {"baseline_query": "baseline[0]", "baseline_gallery": "baseline[1]"}
@@ -450,7 +453,8 @@ def refused_ids(scores: Any, ids: Any) -> str:
     return str(caught.value)
 
 
-def test_negative_labels_warn() -> None:
+def test_negative_labels_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcompat._checks._warned", set(), raising=False)  # of once in a process
     hashes = np.array([-(2**40), 7, -3, 9])[LABELS]
     with pytest.warns(UserWarning, match="`query_labels` holds negative labels other than -1"):
         fc.retrieval_metrics(OLD[:B], OLD, hashes[:B], LABELS)

@@ -231,6 +231,20 @@ def test_names_of_classes(tmp_path: Path) -> None:
         ]
 
 
+def test_hashes_of_classes_are_warned_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcompat._checks._warned", set(), raising=False)  # of once in a process
+    pytest.importorskip("matplotlib")
+    hashes = np.array([-(2**40), 7, -3])[np.arange(12) % 3]
+    for name, array in {"old": X.repeat(3, 0), "new": X.repeat(3, 0), "labels": hashes}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    options = [
+        word for key in ("old", "new", "labels") for word in (f"--{key}", str(tmp_path / f"{key}.npy"))
+    ]
+    with pytest.warns(UserWarning, match="`--labels` holds negative labels other than -1") as caught:
+        result = CliRunner().invoke(app, ["evaluate", *options, "--out", str(tmp_path / "report.html")])
+    assert result.exit_code == 0 and len(caught) == 1
+
+
 @pytest.mark.parametrize("name", (b"caf\xe9.npy", b"$x^2$ and $.npy", b"new\nline.npy", "数.npy".encode()))
 def test_names_are_shown_and_stop_nothing(name: bytes, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
