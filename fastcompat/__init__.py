@@ -8,6 +8,7 @@ from .evaluate import RetrievalMetrics, retrieval_metrics
 from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
 from .judging.agreement import agreement
+from .judging.forecast import forecast_curve
 from .judging.relevance import Relevance
 from .judging.statistics import compare, wilson
 from .merge import merge_topk
@@ -36,6 +37,7 @@ __all__ = [
     "build_info",
     "class_prototypes",
     "compare",
+    "forecast_curve",
     "functional",
     "losses",
     "merge_topk",

@@ -193,6 +193,15 @@ class Relevant:
         self.counted = (found > 0).nonzero()[:, 0]
         self.skipped = len(query) - len(self.counted)
 
+    def items(self) -> Tensor:
+        """Every gallery item that is relevant to a counted query, ascending."""
+        wanted = torch.zeros(len(self._ids) + 1, dtype=torch.int64, device=self._ids.device)
+        ends = torch.stack([self._start[self.counted], self._stop[self.counted]])
+        for sign, places in zip((1, -1), ends, strict=True):
+            wanted.scatter_add_(0, places, torch.full_like(places, sign))
+        found: Tensor = torch.unique(self._ids[wanted.cumsum(0)[:-1] > 0])
+        return found
+
     def excluded(self, q: Tensor) -> Tensor | None:
         """The gallery ids [B, E] that each of the queries `q` leaves out, padded with -1."""
         return self._excluded.of(q)

@@ -206,14 +206,8 @@ def backfill_curve(
         Space(query_new, new, ("query_new", "new"), metric, backend),
     )
     base = _baseline(baseline, mixed.old, metric, backend)
-    states, seed = _checks.positive_int("states", states), _checks.whole("seed", seed)
-    if states < 2:
-        raise ValueError(f"`states` must be at least 2, the old gallery and the new one: got {states}")
-    if states > MAX_STATES:
-        raise ValueError(
-            f"`states` must be at most {MAX_STATES:,}: got {states:,}; every state takes memory and "
-            f"time, and from one of {MAX_STATES:,} to the next {1 / MAX_STATES:.2%} of the gallery changes"
-        )
+    seed = _checks.whole("seed", seed)
+    cuts = state_cuts(states, len(mixed.old.gallery), mixed.old.query.device)  # [T]
     ks, orders = cutoffs(ks), _checks.positive_int("orders", orders)
     if orders > 1 and order is not None:
         raise ValueError("`orders` must be 1 where `order` is given: several orders are drawn at random")
@@ -232,10 +226,9 @@ def backfill_curve(
         if space is not None:
             space.refuse_nonfinite(relevant.counted)
     device, count = mixed.old.query.device, len(mixed.old.gallery)
-    cuts = torch.arange(states, dtype=torch.int64, device=device) * count // (states - 1)  # [T]
     curves = []
     for draw in range(orders):
-        walk = _permutation(order, count, seed + draw, device)  # [N]
+        walk = permutation(order, count, seed + draw, device)  # [N]
         found = _tables(mixed, base, relevant, walk, cuts, ks, gain)
         curves.append(_curve(found, relevant, cuts.double() / max(count, 1), query_old))
     return curves[0] if orders == 1 else _mean(curves)
@@ -379,7 +372,21 @@ def _baseline(value: Any, old: Space, metric: str, backend: str) -> Space | None
     return space
 
 
-def _permutation(value: Any, count: int, seed: int, device: torch.device) -> Tensor:
+def state_cuts(states: int, count: int, device: torch.device) -> Tensor:
+    """How many items are backfilled in each state [T]."""
+    states = _checks.positive_int("states", states)
+    if states < 2:
+        raise ValueError(f"`states` must be at least 2, the old gallery and the new one: got {states}")
+    if states > MAX_STATES:
+        raise ValueError(
+            f"`states` must be at most {MAX_STATES:,}: got {states:,}; every state takes memory and "
+            f"time, and from one of {MAX_STATES:,} to the next {1 / MAX_STATES:.2%} of the gallery changes"
+        )
+    return torch.arange(states, dtype=torch.int64, device=device) * count // (states - 1)
+
+
+def permutation(value: Any, count: int, seed: int, device: torch.device) -> Tensor:
+    """`order` as it was given, checked, or a random one."""
     if value is None:
         # Drawn on the CPU, so that a seed means the same order on every device.
         generator = torch.Generator("cpu").manual_seed(seed)

@@ -24,28 +24,26 @@ def ndcg(
         gain: what a grade g is worth: "linear" g, "exp" 2^g - 1.
     """
     most = min(max(ks, default=1), ranks.shape[-1])
-    place = torch.arange(1, most + 1, dtype=torch.float64, device=ranks.device)
-    discount = 1 / (place + 1).log2()  # [K]
     ranks = ranks[..., :most]
-    grades = None if grades is None else grades[..., :most]
-    got = 1 / (ranks + 2).double().log2() * _worth(grades, ranks, gain)
-    # Running sums add from the left whatever the padding, so a figure has the same bits in every block.
-    best = discount.cumsum(0)  # [K]
-    if ideal is not None:
-        best = (discount * _worth(ideal[..., :most], ranks, gain)).cumsum(-1)  # [..., K]
-    found = {}
-    for k in ks:
-        dcg = torch.where(ranks < k, got, 0.0).cumsum(-1)[..., -1]
-        at = relevant.clamp(min=1, max=min(k, most)) - 1
-        if ideal is None:
-            found[k] = dcg / best[at]
-        else:
-            full = best.expand(*at.shape, -1)
-            found[k] = dcg / full.gather(-1, at[..., None])[..., 0]
-    return found
+    got = worth(grades if grades is None else grades[..., :most], ranks, gain) / (ranks + 2).double().log2()
+    full = best(relevant, ideal, ks, ranks, gain)
+    # A running sum adds from the left whatever the padding, so a figure has the same bits in every block.
+    return {k: torch.where(ranks < k, got, 0.0).cumsum(-1)[..., -1] / full[k] for k in ks}
 
 
-def _worth(grades: Tensor | None, like: Tensor, gain: str) -> Tensor:
+def best(
+    relevant: Tensor, ideal: Tensor | None, ks: Sequence[int], like: Tensor, gain: str
+) -> dict[int, Tensor]:
+    """DCG@k of the best order: float64 [...]."""
+    most = like.shape[-1]
+    place = torch.arange(most, dtype=torch.float64, device=like.device)
+    grades = worth(ideal if ideal is None else ideal[..., :most], like, gain)
+    sums = (grades / (place + 2).log2()).cumsum(-1).expand(*relevant.shape, -1)  # [..., K]
+    return {k: sums.gather(-1, (relevant.clamp(1, min(k, most)) - 1)[..., None])[..., 0] for k in ks}
+
+
+def worth(grades: Tensor | None, like: Tensor, gain: str) -> Tensor:
+    """What the grades are worth (None: 1)."""
     if grades is None:
         return torch.ones((), dtype=torch.float64, device=like.device)
     return grades.double() if gain == "linear" else grades.double().exp2() - 1

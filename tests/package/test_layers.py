@@ -25,7 +25,7 @@ FLOORS = (
     "_autograd prototypes",  # gradients
     "functional",  # the public functions
     "losses judging.agreement evaluate merge backfill gallery ordering",  # modules, figures, results
-    "transforms mixed_gallery report vector_files",
+    "judging.forecast transforms mixed_gallery report vector_files",
     "training __init__ evaluate_command",
     "demo align_command",
     "cli",
