@@ -23,8 +23,7 @@ from torch import Tensor
 
 import fastcompat as fc
 
-
-ASKS, FOUND = slice(200, 597), slice(597, None)  # rows of the digits; the first 200 train
+ASKS, FOUND = slice(200, 700), slice(700, None)  # rows of the digits; the first 200 train
 
 
 class Data(NamedTuple):
@@ -84,7 +83,7 @@ def omniglot(path: Path) -> Data:
 
 
 def narrowed(data: Data, complete: bool) -> tuple[Data, fc.Relevance, Tensor]:
-    """A few judged items a class; `complete`: half of the classes ask, and no unjudged item answers them."""
+    """A few judged items a class; `complete`: half of the classes ask, and so do their unjudged items."""
     random = np.random.default_rng(0)
     classes = random.permutation(np.unique(data.labels))
     asking = classes[: len(classes) // 2] if complete else classes
@@ -93,11 +92,15 @@ def narrowed(data: Data, complete: bool) -> tuple[Data, fc.Relevance, Tensor]:
         judged[random.permutation(np.flatnonzero(data.labels == one))[: data.judged]] = True
     stays = judged | ~np.isin(data.labels, asking) if complete else np.ones_like(judged)
     asks = np.isin(data.query_labels, asking)
+
+    def all_queries(asked: Tensor, items: Tensor) -> Tensor:  # what leaves the gallery asks too
+        return torch.cat([asked[asks], items[~stays]])
+
     kept = data._replace(
         name=f"{data.name}, {'complete' if complete else 'sparse'}",
-        query_old=data.query_old[asks],
-        query_new=data.query_new[asks],
-        query_labels=data.query_labels[asks],
+        query_old=all_queries(data.query_old, data.old),
+        query_new=all_queries(data.query_new, data.new),
+        query_labels=np.concatenate([data.query_labels[asks], data.labels[~stays]]),
         old=data.old[stays],
         new=data.new[stays],
         labels=data.labels[stays],
