@@ -55,6 +55,7 @@ sanitize:
 	cmake -S . -B build/sanitize $(project) -DCMAKE_BUILD_TYPE=None -DFASTCOMPAT_SANITIZE=ON > /dev/null
 	cmake --build build/sanitize > /dev/null
 	build/sanitize/native_tests
+	tests/native/headers.sh
 
 threads:
 	.ci/thread-sanitizer
@@ -99,26 +100,26 @@ python-3.10 python-3.13: python-%:
 
 # CUDA kernels on the CPU: every schedule, sanitizers, mutants.
 device-tests:
-	tests/device/run.sh plain address thread
+	tests/emulator/run.sh plain address thread
 
 # CUDA kernels: machine code for every architecture.
 machine-code: cuda-wheel emulated-gpu
-	WHEEL=$$(ls build/wheel/*.whl) tests/device/run.sh report
+	WHEEL=$$(ls build/wheel/*.whl) tests/emulator/run.sh report
 
 tests:
 	$(call readme,test-command)
 
-# tests/engine through the CUDA engine on an emulated GPU. (One after the other: these steps share build/device.)
+# tests/engine through the CUDA engine on an emulated GPU. (One after the other: these steps share build/emulator.)
 emulated-gpu: device-tests
-	cmake -S tests/device -B build/device -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)" > /dev/null
-	cmake --build build/device --target emulated_gpu > /dev/null
+	cmake -S tests/emulator -B build/emulator -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)" > /dev/null
+	cmake --build build/emulator --target emulated_gpu > /dev/null
 
 emulated-gpu-80 emulated-gpu-90: emulated-gpu-%: emulated-gpu tests
-	PYTHONPATH=tests/cuda OMP_NUM_THREADS=1 .venv-test/bin/pytest -p reroute --emulated $* \
+	PYTHONPATH=tests/gpu OMP_NUM_THREADS=1 .venv-test/bin/pytest -p reroute --emulated $* \
 	  tests/engine/test_softmax_stats.py tests/engine/test_gradients.py tests/engine/test_topk.py
 
 failures: emulated-gpu tests
-	PYTHONPATH=tests/cuda .venv-test/bin/pytest tests/cuda/test_failures.py
+	PYTHONPATH=tests/gpu .venv-test/bin/pytest tests/gpu/test_failures.py
 
 # AVX-512 and AMX instructions written in AVX2, against what they are said to do.
 emulated-kernels:

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda}
 python=${PYTHON:-python3}
 site=$PWD/build/gpu-site
-export PYTHONPATH=$site:$PWD/bench:$PWD/tests/cuda${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$site:$PWD/bench:$PWD/tests/gpu${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 pytest=("$python" -P -m pytest -q --tb=short -p no:cacheprovider)
 
 build() {
@@ -31,24 +31,24 @@ print(*[p for p in 'torch numpy tqdm typer pytest pybind11 scikit_build_core'.sp
   wait "$kernels_alone" # a failure shows in device_tests
   return $status
 }
-info() { "$python" -P -c "from fastcompat.cli import main; main()" info; }
+info() { "$python" -P -c "from fastcompat.commands.app import main; main()" info; }
 gpu_tests() {
   local left_out=()
-  [ "$device" = cpu ] && left_out=(--ignore tests/cuda/test_device.py)
-  "${pytest[@]}" tests/cuda --device "$device" "${left_out[@]}"
+  [ "$device" = cpu ] && left_out=(--ignore tests/gpu/test_device.py)
+  "${pytest[@]}" tests/gpu --device "$device" "${left_out[@]}"
 }
-# The kernels alone, as in tests/device but on the hardware; they compile beside the module, which takes as long.
+# The kernels alone, as in tests/emulator but on the hardware; they compile beside the module, which takes as long.
 compile_device_tests() {
   local source program kernels=()
   [ "$device" = cpu ] && return
   rm -f build/gpu-device/*
-  for source in csrc/cuda/*.cu tests/device/test_*.cu; do
-    nvcc -std=c++17 -O2 -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/cuda -Itests/device -c "$source" \
+  for source in csrc/cuda/*.cu tests/emulator/test_*.cu; do
+    nvcc -std=c++17 -O2 -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/cuda -Itests/emulator -c "$source" \
       -o "build/gpu-device/$(basename "$source" .cu).o" &
   done
   wait
   for source in csrc/cuda/*.cu; do kernels+=("build/gpu-device/$(basename "$source" .cu).o"); done
-  for source in tests/device/test_*.cu; do
+  for source in tests/emulator/test_*.cu; do
     program=build/gpu-device/$(basename "$source" .cu)
     nvcc -arch=sm_90a "$program.o" "${kernels[@]}" -o "$program" &
   done
@@ -57,7 +57,7 @@ compile_device_tests() {
 device_tests() {
   local source program failed=0
   cat build/gpu-device.txt
-  for source in tests/device/test_*.cu; do
+  for source in tests/emulator/test_*.cu; do
     program=build/gpu-device/$(basename "$source" .cu)
     [ -x "$program" ] && "$program" || failed=1
   done
@@ -67,11 +67,11 @@ benchmark() { "$python" -P bench/gpu.py "$results/gpu.json" --device "$device" -
 # Each tensor in an allocation of its own, so that the sanitizer sees its end.
 memcheck() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --print-limit 20 \
-    "${pytest[@]}" tests/cuda/test_public_functions.py --device "$device" -k "bfloat16 and not evaluation"
+    "${pytest[@]}" tests/gpu/test_public_functions.py --device "$device" -k "bfloat16 and not evaluation"
 }
 racecheck() {
   local source program failed=0
-  for source in tests/device/test_*.cu; do
+  for source in tests/emulator/test_*.cu; do
     program=build/gpu-device/$(basename "$source" .cu)
     [ -x "$program" ] && compute-sanitizer --tool racecheck --error-exitcode 9 --print-limit 20 "$program" || failed=1
   done

@@ -40,6 +40,11 @@ SoftmaxProblem problem_of(const ProblemTuple& t) {
           pointer<int64_t>(exclude)};
 }
 
+Metric metric_of(int number) {
+  if (number < 0 || number > static_cast<int>(Metric::l2)) throw std::invalid_argument("unknown metric");
+  return static_cast<Metric>(number);
+}
+
 // What only the values of a tensor tell. Kernels follow these numbers unchecked; on a GPU only their caller knows them.
 void check_rows(const Segment& s) {
   const int64_t* rows = s.rows;
@@ -174,9 +179,8 @@ void define_kernels(py::module_ m) {
       [](const std::vector<SegmentTuple>& tuples, int64_t k, int metric, int64_t B, Address query_labels,
          Address key_labels, Address exclude, Address scores, Address ids, const Run& run) {
         std::vector<Segment> segments;
-        for (const SegmentTuple& t : tuples)
-          segments.push_back(segment_of(t, B, static_cast<Metric>(metric), readable));
-        topk(segments, k, static_cast<Metric>(metric),
+        for (const SegmentTuple& t : tuples) segments.push_back(segment_of(t, B, metric_of(metric), readable));
+        topk(segments, k, metric_of(metric),
              {pointer<int64_t>(query_labels), pointer<int64_t>(key_labels), pointer<int64_t>(exclude)},
              pointer<float>(scores), pointer<int64_t>(ids), run);
       },
@@ -185,17 +189,17 @@ void define_kernels(py::module_ m) {
       "pair_scores",
       [](const SegmentTuple& segment, int metric, int64_t B, Address ids, int64_t targets, Address out,
          const Run& run) {
-        pair_scores(segment_of(segment, B, static_cast<Metric>(metric), readable), static_cast<Metric>(metric),
-                    pointer<int64_t>(ids), targets, pointer<float>(out), run);
+        pair_scores(segment_of(segment, B, metric_of(metric), readable), metric_of(metric), pointer<int64_t>(ids),
+                    targets, pointer<float>(out), run);
       },
       Release());
   m.def(
       "count_beats",
       [](const SegmentTuple& segment, int metric, int64_t B, Address bounds, int64_t blocks, Address thresholds,
          Address threshold_ids, int64_t targets, Address exclude, Address out, const Run& run) {
-        const Segment s = segment_of(segment, B, static_cast<Metric>(metric), readable);
+        const Segment s = segment_of(segment, B, metric_of(metric), readable);
         if (readable) check_bounds(pointer<int64_t>(bounds), blocks, s.count);
-        count_beats(s, static_cast<Metric>(metric), pointer<int64_t>(bounds), blocks, pointer<float>(thresholds),
+        count_beats(s, metric_of(metric), pointer<int64_t>(bounds), blocks, pointer<float>(thresholds),
                     pointer<int64_t>(threshold_ids), targets, pointer<int64_t>(exclude), pointer<int64_t>(out), run);
       },
       Release());
@@ -245,14 +249,13 @@ PYBIND11_MODULE(_C, m) {
     return low;
   });
   m.def("packed_size", [](const SegmentTuple& t, int metric) {
-    const Segment segment = segment_of(t, 0, static_cast<Metric>(metric), false);
-    return packed_size(segment.keys, segment.count, static_cast<Metric>(metric));
+    const Segment segment = segment_of(t, 0, metric_of(metric), false);
+    return packed_size(segment.keys, segment.count, metric_of(metric));
   });
   m.def(
       "pack",
       [](const SegmentTuple& segment, int metric, Address out, int threads) {
-        pack(segment_of(segment, 0, static_cast<Metric>(metric), true), static_cast<Metric>(metric),
-             pointer<float>(out), threads);
+        pack(segment_of(segment, 0, metric_of(metric), true), metric_of(metric), pointer<float>(out), threads);
       },
       Release());
   m.def(

@@ -7,6 +7,7 @@
 
 namespace fastcompat {
 
+// Numbered as fastcompat/_native.py lists them.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Metric : int { cosine = 0, ip = 1, l2 = 2 };
 
@@ -47,16 +48,16 @@ struct SoftmaxGrads {
 
 void softmax_stats(const SoftmaxProblem& problem, const SoftmaxStats& out, int threads);
 
-// dquery [B, D] in the query's dtype (null: not wanted), dscale [B] = <query_i, d loss / d (scale * query_i)> (null:
-// not wanted). A float dquery may be the memory of mean.
+// dquery [B, D] in the query's dtype (null: not needed), dscale [B] = <query_i, d loss / d (scale * query_i)> (null:
+// not needed). A float dquery may be the memory of mean.
 void softmax_query_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, const float* mean, void* dquery,
                         float* dscale, int threads);
 
-// dkeys [N, D] in the keys' dtype (null: not wanted), dbias [N] (null: not wanted).
+// dkeys [N, D] in the keys' dtype (null: not needed), dbias [N] (null: not needed).
 void softmax_key_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, void* dkeys, float* dbias, int threads);
 
 // The mean or the sum, over the rows that have positives, of log(1 + exp(neg_lse - pos_lse)), with its gradients:
-// dquery [B, D] and dkeys [N, D] in the dtype of query and keys (null: not wanted).
+// dquery [B, D] and dkeys [N, D] in the dtype of query and keys (null: not needed).
 void softmax_loss(const SoftmaxProblem& problem, bool mean, float* loss, void* dquery, void* dkeys, int threads);
 
 // One embedding space of a gallery: the listed rows of keys are scored with this query as scale * score + offset.
@@ -77,7 +78,7 @@ struct TopkFilter {
 // Numbers that pack() writes; 0 where a packed form of such keys would be of no use.
 int64_t packed_size(const Matrix& keys, int64_t count, Metric metric);
 
-// A copy of a segment's keys as topk wants them: searches that bring it need not convert the keys again.
+// A copy of a segment's keys as topk reads them: searches that are given it need not convert the keys again.
 void pack(const Segment& segment, Metric metric, float* out, int threads);
 
 void topk(const std::vector<Segment>& segments, int64_t k, Metric metric, const TopkFilter& filter, float* scores,

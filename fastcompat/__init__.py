@@ -3,19 +3,19 @@
 from . import functional, losses
 from ._native import VERSION as __version__
 from ._native import build_info
-from .backfill import BackfillCurve, backfill_curve
-from .evaluate import RetrievalMetrics, retrieval_metrics
+from ._types import SoftmaxStats
 from .functional import ranks, softmax_stats, topk
-from .gallery import mixed_topk
 from .judging.agreement import agreement
+from .judging.curve import BackfillCurve, backfill_curve
 from .judging.forecast import forecast_curve
+from .judging.metrics import RetrievalMetrics, retrieval_metrics
 from .judging.relevance import Relevance
 from .judging.statistics import compare, wilson
-from .merge import merge_topk
-from .mixed_gallery import MixedGallery
-from .ordering import uncertainty
+from .judging.uncertainty import uncertainty
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
-from .reference import SoftmaxStats
+from .serving.gallery import MixedGallery
+from .serving.merge import merge_topk
+from .serving.mixed_topk import mixed_topk
 from .transforms import ForwardTransform, Procrustes, ResidualHead, ReverseQueryTransform, SideInformation
 
 __all__ = [

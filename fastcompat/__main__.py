@@ -1,6 +1,6 @@
 """`python -m fastcompat`."""
 
-from fastcompat.cli import main
+from fastcompat.commands.app import main
 
 if __name__ == "__main__":
     main()

@@ -68,7 +68,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
     return to_tensor(name, value, read(name, value))
 
 
-def give_back(result: tuple[Tensor, ...], given: object) -> Any:
+def like_input(result: tuple[Tensor, ...], given: object) -> Any:
     """`result` as it is if `given` is a tensor, else as NumPy arrays."""
     return result if isinstance(given, Tensor) else tuple(part.cpu().numpy() for part in result)
 
@@ -89,7 +89,7 @@ def to_tensor(name: str, value: Any, array: Tensor | Numpy) -> Tensor:
             f'`{name}` must be float64 or less: got {array.dtype}; write `{name}.astype("float64")`'
         )
     if any(step < 0 or step % array.itemsize for step in array.strides):
-        array = np.ascontiguousarray(array)  # torch takes no such array
+        array = np.ascontiguousarray(array)  # torch refuses such arrays
     with ExitStack() as stack:
         if not array.flags.writeable:
             # A memory-mapped gallery is read-only; nothing here writes to it.
@@ -114,7 +114,7 @@ def _of_entries(name: str, entries: Sequence[Any], python: type | None) -> Tenso
         if len({(entry.shape, entry.device) for entry in entries}) == 1:
             return torch.stack(tuple(entries))
     elif entries and any(isinstance(entry, Tensor) for entry in entries):
-        raise TypeError(f"`{name}` must hold tensors alone or no tensor: got both")
+        raise TypeError(f"`{name}` must hold only tensors or no tensors: got both")
     else:
         try:
             array = np.asarray(entries)
@@ -140,7 +140,7 @@ def _of_entries(name: str, entries: Sequence[Any], python: type | None) -> Tenso
 
 
 def _of_large(name: str, entries: Sequence[Any], array: Numpy) -> Numpy:
-    """Python's whole numbers that are no int64, as uint64; `array` where some are no whole numbers."""
+    """Python ints beyond int64, as uint64; `array` if some entries are not ints."""
     exact = np.array(entries, dtype=object)
     if not all(type(number) is int for number in exact.flat):
         return array

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _native, _torch_hooks
 from ._arrays import as_tensor as as_tensor
-from ._arrays import give_back as give_back
+from ._arrays import like_input as like_input
 from ._native import DTYPES as NATIVE_DTYPES
 from ._native import METRICS as METRICS
 from ._native import NonFiniteError as NonFiniteError
@@ -207,7 +207,7 @@ def scalar(name: str, value: object, other_name: str, other: Tensor) -> float | 
     return value  # type: ignore[return-value]
 
 
-def takes_native(backend: str, query: Tensor) -> bool:
+def use_native(backend: str, query: Tensor) -> bool:
     """Whether the native kernels run this call; "native" raises where they do not cover it."""
     choice("backend", backend, BACKENDS)
     if backend == "reference":
@@ -231,7 +231,7 @@ def takes_native(backend: str, query: Tensor) -> bool:
 
 
 def no_kernel(backend: str, function: str) -> None:
-    """`backend` of a function that is plain PyTorch everywhere."""
+    """`backend` of a function that is plain PyTorch on every device."""
     choice("backend", backend, BACKENDS)
     if backend == "native":
         raise ValueError(f'`backend="native"` does not cover {function}, which is plain PyTorch; use "auto"')

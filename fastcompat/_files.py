@@ -119,9 +119,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_file(path: AnyPath) -> bytes:
-    """What a file holds; ValueError for what is no regular file, such as a device that never ends."""
+    """What a file holds; ValueError for what is not a regular file, such as a device that never ends."""
     if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
-        raise ValueError(f"`{os.fspath(path)}` is no regular file")
+        raise ValueError(f"`{os.fspath(path)}` is not a regular file")
     return Path(path).read_bytes()
 
 
@@ -129,7 +129,7 @@ def read_file(path: AnyPath) -> bytes:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder against the other writers that do so; the system lets go of it when its holder dies."""
     if fcntl is None:
-        from filelock import FileLock  # torch brings it
+        from filelock import FileLock  # a dependency of torch
 
         with FileLock(folder / ".lock"):
             yield

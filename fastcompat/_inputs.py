@@ -1,8 +1,8 @@
-"""Vectors, labels, row numbers, ids and masks out of what users bring: one adapter for every function.
+"""Vectors, labels, row numbers, ids and masks out of what users pass in: one adapter for every function.
 
 Tensors, NumPy arrays, lists, columns of data frames and `.npy` files become the tensors that the engine
-takes. What could mean two things is refused, with advice in the language of what came. What is no tensor has
-no device of its own and follows the tensors beside it.
+takes. Ambiguous input is refused, with advice in terms of the library that it came from. What is not a tensor
+has no device of its own and follows the tensors beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._arrays import NpyFile, came, is_text, read, to_tensor
 COUNT = "number the classes of all sides together: numpy.unique(labels, return_inverse=True)[1]"
 NUMBERING = {
     "labels": COUNT,
-    "rows": "rows are numbered from 0, and -1 stands for none",
+    "rows": "rows are numbered from 0, and -1 means none",
     "ids": "give each item a whole number of int64, and -1 to none",
 }
 
@@ -82,7 +82,7 @@ def pair(
 
 
 def beside(x: Tensor, value: Any, like: Tensor) -> Tensor:
-    """What came as no tensor, on the device of `like`."""
+    """What was given as anything but a tensor, on the device of `like`."""
     return x if isinstance(value, Tensor) else x.to(like.device)
 
 
@@ -216,7 +216,7 @@ def _bits(name: str, value: Any, kind: str) -> str:
 
 
 def _conversion(name: str, value: Any, dtype: str) -> str:
-    """How what came becomes `dtype`, in its own language."""
+    """How the given value becomes `dtype`, in the terms of its own library."""
     if isinstance(value, NpyFile):
         return f'numpy.save({value.path!r}, numpy.load({value.path!r}).astype("{dtype}"))'
     if isinstance(value, Tensor):

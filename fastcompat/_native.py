@@ -6,12 +6,13 @@ Every operator is written once: `_Call` knows what differs between the engine on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from ._torch_hooks import constant_when_compiled
+from ._types import SoftmaxOperands
 
 try:
     from . import _C  # type: ignore[attr-defined,unused-ignore]
@@ -61,19 +62,36 @@ def set_simd(name: str) -> None:
     _C.set_simd(name)
 
 
-def build_info() -> dict[str, Any]:
+class BuildInfo(TypedDict):
+    """What was built and what runs (`build_info`)."""
+
+    version: str
+    compiler: str
+    cuda: str | None
+    cuda_archs: list[str]
+    simd_built: list[str]
+    simd_usable: list[str]
+    simd: str
+    threads: int
+
+
+def build_info() -> BuildInfo:
     """What was built and what runs.
 
     Keys: version, compiler, cuda (None or the version), cuda_archs, simd_built (instruction sets in the
     module), simd_usable (those this machine can run), simd (the one in use), threads.
     """
     build = dict(_C.build())
-    known = ("version", "compiler", "cuda", "cuda_archs", "simd_built")
-    return {name: build[name] for name in known} | {
-        "simd_usable": simd_levels(),
-        "simd": simd(),
-        "threads": torch.get_num_threads(),
-    }
+    return BuildInfo(
+        version=build["version"],
+        compiler=build["compiler"],
+        cuda=build["cuda"],
+        cuda_archs=build["cuda_archs"],
+        simd_built=build["simd_built"],
+        simd_usable=simd_levels(),
+        simd=simd(),
+        threads=torch.get_num_threads(),
+    )
 
 
 @constant_when_compiled
@@ -117,7 +135,7 @@ class _Call:
     def __init__(self, query: Tensor) -> None:
         self.device, self.dtype = query.device, query.dtype
         self.gpu = query.is_cuda
-        self.kept: list[Tensor] = []
+        self.alive: list[Tensor] = []  # copies and scratch
         self.scale_factor = 0  # address of a number on the GPU that multiplies the scale
 
     def run(self, kernel: str, *arguments: Any) -> None:
@@ -160,7 +178,7 @@ class _Call:
         self.here(x)
         if x.is_neg() or not x.is_contiguous():
             x = x.resolve_neg().contiguous()
-            self.kept.append(x)
+            self.alive.append(x)
         return x.data_ptr() or self.no_memory(x)
 
     def no_memory(self, x: Tensor) -> int:
@@ -173,7 +191,7 @@ class _Call:
                 f"{list(x.shape)} on {x.device} without any (a fake, functional or meta tensor?); call the "
                 'function with backend="reference"'
             )
-        self.kept.append(zeros := x.clone())
+        self.alive.append(zeros := x.clone())
         return zeros.data_ptr()
 
     def here(self, x: Tensor) -> None:
@@ -185,15 +203,15 @@ class _Call:
         # The kernels take any row stride, but neighbours within a row must be neighbours in memory.
         if x.is_neg() or (x.stride(1) != 1 and x.shape[1] > 1):
             x = x.resolve_neg().contiguous()  # torch negates a view when it is read, a kernel does not
-            self.kept.append(x)
+            self.alive.append(x)
         return x
 
-    def problem(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        """The nine arguments that describe a softmax problem, in the order of the operators' schemas."""
-        query, keys, scale, scale_tensor, *vectors = arguments
-        query, keys = self.rows(query), self.rows(keys)
+    def problem(self, given: SoftmaxOperands) -> tuple[Any, ...]:
+        """A softmax problem as the native module reads it."""
+        query, keys = self.rows(given.query), self.rows(given.keys)
+        scale, scale_tensor = given.scale, given.scale_tensor
         if scale_tensor is not None and self.gpu and scale_tensor.device == self.device:
-            self.scale_factor = self.flat(scale_tensor)  # read on the GPU, so that nobody waits for it
+            self.scale_factor = self.flat(scale_tensor)  # read on the GPU: no synchronisation
         elif scale_tensor is not None:
             scale *= scale_tensor.item()
         rows, dim = query.shape
@@ -207,9 +225,11 @@ class _Call:
             query.stride(0),
             keys.stride(0),
             scale,
-            *[
-                0 if x is None else self.flat(x) for x in vectors
-            ],  # bias, query_labels, key_labels, positive, exclude
+            self.flat(given.bias),
+            self.flat(given.query_labels),
+            self.flat(given.key_labels),
+            self.flat(given.positive),
+            self.flat(given.exclude),
         )
 
     def segment(
@@ -223,7 +243,7 @@ class _Call:
     ) -> tuple[Any, ...]:
         if query.shape[1] == 0:  # a column of zeros scores the same
             query, keys = (x.new_zeros(len(x), 1) for x in (query, keys))
-            self.kept += [query, keys]
+            self.alive += [query, keys]
         query, keys = self.rows(query), self.rows(keys)
         return (
             query.data_ptr() or self.no_memory(query),
@@ -243,20 +263,19 @@ class _Call:
 
 
 def pack(keys: Tensor, rows: Tensor | None, metric: str) -> Tensor:
-    """The keys (these rows) as `topk` wants them on this instruction set; empty where it wants none."""
+    """The keys (these rows) in the form that `topk` reads on this instruction set; empty if it has none."""
     call = _Call(keys)
     segment = call.segment(keys[:0], keys, rows)
     size = 0 if call.gpu else _C.packed_size(segment, METRICS.index(metric))
-    kept = keys.new_empty(size, dtype=torch.float32)
-    if kept.numel():
-        call.run("pack", segment, METRICS.index(metric), kept.data_ptr())
-    return kept
+    packed = keys.new_empty(size, dtype=torch.float32)
+    if packed.numel():
+        call.run("pack", segment, METRICS.index(metric), packed.data_ptr())
+    return packed
 
 
-def softmax_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def softmax_stats(problem: SoftmaxOperands, want_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `fastcompat::softmax_stats`."""
-    *problem, want_mean = arguments
-    query = problem[0]
+    query = problem.query
     call = _Call(query)
     rows, dim = query.shape
     neg_lse, pos_lse, pos_sum = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
@@ -275,10 +294,9 @@ def softmax_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     return neg_lse, pos_lse, pos_sum, pos_count, mean
 
 
-def softmax_query_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The op `fastcompat::softmax_query_grad`."""
-    problem, vectors = arguments[:9], arguments[9:]  # neg_lse, pos_lse, mean, three gradients
-    query = problem[0]
+def softmax_query_grad(problem: SoftmaxOperands, *vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The op `fastcompat::softmax_query_grad`; `vectors`: neg_lse, pos_lse, mean, three gradients."""
+    query = problem.query
     call = _Call(query)
     dquery = query.new_empty(query.shape)
     dscale = query.new_empty(query.shape[0], dtype=torch.float32)
@@ -292,10 +310,10 @@ def softmax_query_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
     return dquery, dscale
 
 
-def softmax_key_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
+def softmax_key_grad(problem: SoftmaxOperands, *rest: Any) -> tuple[Tensor, Tensor]:
     """The op `fastcompat::softmax_key_grad`."""
-    problem, vectors, (want_keys, want_bias) = arguments[:9], arguments[9:-2], arguments[-2:]
-    keys = problem[1]
+    *vectors, want_keys, want_bias = rest
+    keys = problem.keys
     call = _Call(keys)
     rows, dim = keys.shape
     dkeys = keys.new_empty((rows if want_keys else 0, dim))
@@ -310,10 +328,11 @@ def softmax_key_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
     return dkeys, dbias
 
 
-def softmax_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_loss(
+    problem: SoftmaxOperands, mean: bool, want_query: bool, want_keys: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op `fastcompat::softmax_loss`."""
-    *problem, mean, want_query, want_keys = arguments
-    query, keys = problem[:2]
+    query, keys = problem.query, problem.keys
     call = _Call(query)
     loss = query.new_empty((), dtype=torch.float32)
     dquery, dkeys = (
@@ -348,8 +367,8 @@ def topk(
     """The op `fastcompat::topk`."""
     call = _Call(query[0])
     every: Sequence[Tensor | None] = rows or [None] * len(keys)
-    kept: Sequence[Tensor | None] = packed or [None] * len(keys)
-    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, kept, strict=True)]
+    forms: Sequence[Tensor | None] = packed or [None] * len(keys)
+    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, forms, strict=True)]
     count = query[0].shape[0]
     scores = query[0].new_empty((count, k), dtype=torch.float32)
     ids = query[0].new_empty((count, k), dtype=torch.int64)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._native import DTYPES, METRICS
+from ._types import SoftmaxOperands
 
 
 def _matrix(name: str, x: Tensor | None) -> tuple[int, int]:
@@ -53,54 +54,52 @@ def _width(x: Tensor | None) -> int:
     return x.shape[-1] if x is not None and x.dim() else 0
 
 
-def _softmax(arguments: Sequence[Any]) -> tuple[int, int, int]:
-    query, keys, _, scale, bias, query_labels, key_labels, positive, exclude = arguments[:9]
-    rows, dim = _matrix("query", query)
-    count = _matrix("keys", keys)[0]
-    _fits("keys", keys, query.dtype, (count, dim))
-    if scale is not None:
-        _fits("scale_tensor", scale, torch.float32, ())
-    if bias is not None:
-        _fits("bias", bias, torch.float32, (count,))
-    if query_labels is not None or key_labels is not None:
-        _together(query_labels, key_labels)
-        _fits("query_labels", query_labels, torch.int64, (rows,))
-        _fits("key_labels", key_labels, torch.int64, (count,))
-    if positive is not None:
-        _fits("positive", positive, torch.int64, (rows,))
-    if exclude is not None:
-        _fits("exclude", exclude, torch.int64, (rows,))
+def _softmax(problem: SoftmaxOperands) -> tuple[int, int, int]:
+    rows, dim = _matrix("query", problem.query)
+    count = _matrix("keys", problem.keys)[0]
+    _fits("keys", problem.keys, problem.query.dtype, (count, dim))
+    _together(problem.query_labels, problem.key_labels)
+    _fits("scale_tensor", problem.scale_tensor, torch.float32, ())
+    _fits("bias", problem.bias, torch.float32, (count,))
+    _fits("query_labels", problem.query_labels, torch.int64, (rows,))
+    _fits("key_labels", problem.key_labels, torch.int64, (count,))
+    _fits("positive", problem.positive, torch.int64, (rows,))
+    _fits("exclude", problem.exclude, torch.int64, (rows,))
     return rows, count, dim
 
 
-def _softmax_grad(rows: int, vectors: Sequence[Tensor | None]) -> None:
-    for name, x in zip(("neg_lse", "pos_lse"), vectors, strict=False):
-        _needs(name, x, torch.float32, (rows,))
-    for name, x in zip(("grad_neg", "grad_pos", "grad_sum"), vectors[-3:], strict=True):
+def _softmax_grad(
+    rows: int, neg_lse: Tensor | None, pos_lse: Tensor | None, grads: Sequence[Tensor | None]
+) -> None:
+    _needs("neg_lse", neg_lse, torch.float32, (rows,))
+    _needs("pos_lse", pos_lse, torch.float32, (rows,))
+    for name, x in zip(("grad_neg", "grad_pos", "grad_sum"), grads, strict=True):
         _fits(name, x, torch.float32, (rows,))
 
 
-def softmax_stats(*arguments: Any) -> None:
+def softmax_stats(problem: SoftmaxOperands, *_: Any) -> None:
     """Operands of `fastcompat::softmax_stats`."""
-    _softmax(arguments)
+    _softmax(problem)
 
 
-def softmax_loss(*arguments: Any) -> None:
+def softmax_loss(problem: SoftmaxOperands, *_: Any) -> None:
     """Operands of `fastcompat::softmax_loss`."""
-    _softmax(arguments)
+    _softmax(problem)
 
 
-def softmax_query_grad(*arguments: Any) -> None:
+def softmax_query_grad(problem: SoftmaxOperands, *vectors: Tensor | None) -> None:
     """Operands of `fastcompat::softmax_query_grad`."""
-    rows, _, dim = _softmax(arguments)
-    _softmax_grad(rows, arguments[9:])
-    _needs("mean", arguments[11], torch.float32, (rows, dim))
+    neg_lse, pos_lse, mean, *grads = vectors
+    rows, _, dim = _softmax(problem)
+    _softmax_grad(rows, neg_lse, pos_lse, grads)
+    _needs("mean", mean, torch.float32, (rows, dim))
 
 
-def softmax_key_grad(*arguments: Any) -> None:
+def softmax_key_grad(problem: SoftmaxOperands, *rest: Any) -> None:
     """Operands of `fastcompat::softmax_key_grad`."""
-    rows, _, _ = _softmax(arguments)
-    _softmax_grad(rows, arguments[9:-2])
+    neg_lse, pos_lse, *grads, _, _ = rest
+    rows, _, _ = _softmax(problem)
+    _softmax_grad(rows, neg_lse, pos_lse, grads)
 
 
 def _segment(query: Tensor, keys: Tensor, rows: Tensor | None, count: int) -> None:

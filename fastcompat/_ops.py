@@ -6,17 +6,16 @@ None of them is differentiable by itself; `_autograd` puts the gradient around t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import _native, _operands, _torch_hooks
+from ._types import SoftmaxOperands
 
-_PROBLEM = (
-    "Tensor query, Tensor keys, float scale, Tensor? scale_tensor, Tensor? bias, Tensor? query_labels, "
-    "Tensor? key_labels, Tensor? positive, Tensor? exclude"
-)
+_KINDS = {Tensor: "Tensor", float: "float", Tensor | None: "Tensor?"}
+_PROBLEM = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in get_type_hints(SoftmaxOperands).items())
 _SCHEMAS = (
     f"softmax_stats({_PROBLEM}, bool want_mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"softmax_query_grad({_PROBLEM}, Tensor neg_lse, Tensor pos_lse, Tensor mean, Tensor? grad_neg, "
@@ -36,7 +35,7 @@ _CPU_ALONE = ("softmax_loss",)  # see `_autograd.fuses`
 
 
 def observed(arguments: Iterable[Any]) -> bool:
-    """Whether a call must go through torch's dispatcher: somebody listens, or a tensor is no plain one."""
+    """Whether a call must go through torch's dispatcher: a mode listens, or a tensor is not a plain one."""
     if torch.compiler.is_compiling() or _torch_hooks.func_active() or _torch_hooks.dispatch_observed():
         return True
     for x in arguments:
@@ -57,7 +56,13 @@ def _checked(name: str) -> Callable[..., Any]:
         check(*arguments)
         return kernel(*arguments)
 
-    return run
+    return _of_problem(run) if name.startswith("softmax") else run
+
+
+def _of_problem(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(problem, *rest)` as a function of the operator's flat arguments."""
+    count = len(SoftmaxOperands._fields)
+    return lambda *arguments: run(SoftmaxOperands._make(arguments[:count]), *arguments[count:])
 
 
 def _direct(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,7 +86,8 @@ for _schema in _SCHEMAS:
 
 
 @torch.library.register_fake("fastcompat::softmax_stats")
-def _(query, keys, scale, scale_tensor, bias, query_labels, key_labels, positive, exclude, want_mean):  # type: ignore[no-untyped-def]
+def _(query, *rest):  # type: ignore[no-untyped-def]
+    want_mean = rest[-1]
     rows, dim = query.shape
     vector = [query.new_empty(rows, dtype=torch.float32) for _ in range(3)]
     count = query.new_empty(rows, dtype=torch.int64)
@@ -128,8 +134,8 @@ def _(query, keys, rows, bounds, thresholds, threshold_ids, metric, exclude):  #
 softmax_stats = _direct("softmax_stats", _checked("softmax_stats"))
 softmax_query_grad = _direct("softmax_query_grad", _checked("softmax_query_grad"))
 softmax_key_grad = _direct("softmax_key_grad", _checked("softmax_key_grad"))
-# For `_autograd` alone, whose callers have checked: of a small loss the checks are 2 %.
-softmax_loss = _direct("softmax_loss", _native.softmax_loss)
+# Only for `_autograd`, whose callers have checked: the checks are 2 % of a small loss.
+softmax_loss = _direct("softmax_loss", _of_problem(_native.softmax_loss))
 topk = _direct("topk", _checked("topk"))
 pair_scores = _direct("pair_scores", _checked("pair_scores"))
 count_beats = _direct("count_beats", _checked("count_beats"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _search
-from .reference import Segment
+from ._types import Segment
 
 BLOCK = 2**24  # numbers of a block of keys in the wider dtype (64 MiB of float32)
 

@@ -1,15 +1,23 @@
-"""Search by the native kernels or by the reference; bad rows are reported under the caller's names."""
+"""The one front of every search: native kernels or reference, and errors in the words of the caller.
+
+An error names a row of a tensor. `names[s]` is what the caller calls the query and the keys of segment s;
+`query_rows` [B] are the rows of the caller's query where only some of them are searched.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from . import _checks, _native, _ops, reference
-from .reference import Segment
+from ._types import Segment
 
 Names = Sequence[tuple[str, str]]
+_ERRORS = (_checks.NonFiniteError, _checks.ScoreOverflowError)
+_NAMES: Names = (("query", "keys"),)
 
 
 def _kernel(name: str, native: bool) -> Callable[..., Tensor]:
@@ -17,6 +25,30 @@ def _kernel(name: str, native: bool) -> Callable[..., Tensor]:
         _checks.no_transforms(forward_mode=False)
     kernel: Callable[..., Tensor] = getattr(_ops if native else reference, name)
     return kernel
+
+
+def _refuse(
+    error: Exception, names: Names, query_rows: Tensor | None = None, keys: Tensor | None = None
+) -> NoReturn:
+    """Raise what a search met in the caller's words; of bad `keys` the first of them all."""
+    if isinstance(error, _checks.ScoreOverflowError):
+        row = error.row if query_rows is None else int(query_rows[error.row])
+        _checks.refuse_overflow(row, names[0][0])
+    assert isinstance(error, _checks.NonFiniteError)
+    row = error.row
+    if error.side == "query" and query_rows is not None:
+        row = int(query_rows[row])
+    elif error.side == "keys" and keys is not None:
+        row = int((~keys.isfinite().all(1)).nonzero()[0])
+    _checks.refuse_nonfinite(_checks.NonFiniteError(error.side, error.segment, row), names)
+
+
+def refuse_nonfinite(query: Tensor, keys: Tensor, names: tuple[str, str]) -> None:
+    """ValueError for the first row of `query`, then of `keys`, that holds NaN or inf."""
+    try:
+        reference.refuse_nonfinite(query, keys)
+    except _checks.NonFiniteError as error:
+        _refuse(error, (names,))
 
 
 def topk(
@@ -28,16 +60,16 @@ def topk(
     key_labels: Tensor | None = None,
     exclude: Tensor | None = None,
     native: bool,
-    names: Names = (("query", "keys"),),
+    names: Names = _NAMES,
     report: bool = True,
     packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Best k over one or more segments (`reference.topk`); `names[s]` is what the caller calls segment s.
+    """Best k over one or more segments (`reference.topk`).
 
     Without `report` a GPU is not waited for, and NaN or inf there goes unnoticed. `packed` is what `pack`
     made of the segments, on the CPU.
     """
-    segments = [Segment(p.query.detach(), p.keys.detach(), p.rows, p.scale, p.offset) for p in segments]
+    segments = [part._replace(query=part.query.detach(), keys=part.keys.detach()) for part in segments]
     try:
         if not native:
             return reference.topk(segments, k, metric, query_labels, key_labels, exclude)
@@ -49,18 +81,16 @@ def topk(
             query, keys, chosen, scale, offset, k, metric, *sets, packed, report
         )
         return found
-    except _checks.NonFiniteError as error:
-        _checks.refuse_nonfinite(error, names)
-    except _checks.ScoreOverflowError as error:
-        _checks.refuse_overflow(error.row, names[0][0])
+    except _ERRORS as error:
+        _refuse(error, names)
 
 
 def pack(segment: Segment, metric: str, names: tuple[str, str]) -> Tensor:
-    """The segment's keys as the native search on the CPU wants them (`_native.pack`)."""
+    """The segment's keys in the form that the native search on the CPU reads (`_native.pack`)."""
     try:
         return _native.pack(segment.keys.detach(), segment.rows, metric)
-    except _checks.NonFiniteError as error:
-        _checks.refuse_nonfinite(error, (names,))
+    except _ERRORS as error:
+        _refuse(error, (names,))
 
 
 def pair_scores(
@@ -70,18 +100,35 @@ def pair_scores(
     metric: str,
     *,
     native: bool,
-    names: Names = (("query", "keys"),),
+    names: Names = _NAMES,
+    query_rows: Tensor | None = None,
 ) -> Tensor:
     """Score of the pairs (i, ids[i, p]) (`reference.pair_scores`)."""
-    kernel = _kernel("pair_scores", native)
+    kernel, query, keys = _kernel("pair_scores", native), query.detach(), keys.detach()
     try:
-        found = kernel(query.detach(), keys.detach(), ids, metric)
+        found = kernel(query, keys, ids, metric)
         reference.refuse_overflow(found.isinf() & (ids >= 0))
         return found
-    except _checks.NonFiniteError as error:
-        _checks.refuse_nonfinite(error, names)
-    except _checks.ScoreOverflowError as error:
-        _checks.refuse_overflow(error.row, names[0][0])
+    except _ERRORS as error:
+        _refuse(error, names, query_rows, keys)
+
+
+def all_scores(
+    query: Tensor,
+    keys: Tensor,
+    ids: Tensor,
+    metric: str,
+    *,
+    names: Names = _NAMES,
+    query_rows: Tensor | None = None,
+) -> Tensor:
+    """Every score [B, N] of the reference, those of the keys `ids` [B, P] known to be numbers."""
+    found = reference.scores(query, keys, metric)
+    try:
+        reference.refuse_overflow(found.gather(1, ids.clamp(min=0)).isinf() & (ids >= 0))
+        return found
+    except _ERRORS as error:
+        _refuse(error, names, query_rows)
 
 
 def count_beats(
@@ -95,11 +142,42 @@ def count_beats(
     *,
     exclude: Tensor | None = None,
     native: bool,
-    names: Names = (("query", "keys"),),
+    names: Names = _NAMES,
+    query_rows: Tensor | None = None,
 ) -> Tensor:
     """How many keys beat each threshold, per block of the walk (`reference.count_beats`)."""
-    kernel = _kernel("count_beats", native)
+    kernel, query, keys = _kernel("count_beats", native), query.detach(), keys.detach()
     try:
-        return kernel(query.detach(), keys.detach(), rows, bounds, thresholds, threshold_ids, metric, exclude)
-    except _checks.NonFiniteError as error:
-        _checks.refuse_nonfinite(error, names)
+        return kernel(query, keys, rows, bounds, thresholds, threshold_ids, metric, exclude)
+    except _ERRORS as error:
+        _refuse(error, names, query_rows, keys)
+
+
+def ranks(
+    query: Tensor,
+    keys: Tensor,
+    ids: Tensor,
+    metric: str,
+    *,
+    exclude: Tensor | None = None,
+    native: bool,
+    names: Names = _NAMES,
+    query_rows: Tensor | None = None,
+) -> Tensor:
+    """How many keys beat each of the keys `ids` [B, P]; -1 where the id is -1."""
+    score = pair_scores(query, keys, ids, metric, native=native, names=names, query_rows=query_rows)
+    everything = torch.tensor([0, keys.shape[0]], dtype=torch.int64, device=ids.device)
+    beaten_by = count_beats(
+        query,
+        keys,
+        None,
+        everything,
+        score,
+        ids,
+        metric,
+        exclude=exclude,
+        native=native,
+        names=names,
+        query_rows=query_rows,
+    )
+    return beaten_by[:, :, 0].masked_fill(ids < 0, -1)

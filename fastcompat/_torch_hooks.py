@@ -47,7 +47,7 @@ _profiling: Callable[[], bool] = _hook("_C._autograd._profiler_enabled", lambda:
 
 
 def dispatch_observed() -> bool:
-    """Whether a dispatch mode, a tracer or a profiler wants to see every operator."""
+    """Whether a dispatch mode, a tracer or a profiler has to see every operator."""
     return _modes() > 0 or _tracing() is not None or _profiling()
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks, _search, reference
-from . import _loss_parts as parts
-from .functional import Array
-from .reference import Segment
+from . import _checks, _search
+from ._autocast import exactly
+from ._normalise import normalised
+from ._types import Array, ArrayLike, Backend, Segment
 
 _BLOCK = 2**24  # numbers in the largest temporary of a blockwise computation (64 MiB in float32)
 
 
-def class_prototypes(features: Array, labels: Array, num_classes: int, *, eps: float | None = None) -> Array:
+def class_prototypes(
+    features: Array, labels: ArrayLike, num_classes: int, *, eps: float | None = None
+) -> Array:
     """The mean of each class's normalised features, normalised: `p_c = normalize(mean of f^_i with y_i = c)`.
 
     `RunningPrototypes` does the same batch by batch.
@@ -37,7 +38,7 @@ def class_prototypes(features: Array, labels: Array, num_classes: int, *, eps: f
     """
     running = RunningPrototypes(num_classes, eps=eps)
     running.add(features, labels)
-    result: Array = _checks.give_back((running.prototypes(),), features)[0]
+    result: Array = _checks.like_input((running.prototypes(),), features)[0]
     return result
 
 
@@ -63,7 +64,7 @@ class RunningPrototypes:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def add(self, features: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
+    def add(self, features: ArrayLike, labels: ArrayLike) -> None:
         """Count features [B, D] with labels int64 [B]; a negative label leaves its row out."""
         features, labels = _checks.as_tensor("features", features), _checks.as_tensor("labels", labels)
         _checks.matrix("features", features)
@@ -81,7 +82,7 @@ class RunningPrototypes:
         _checks.columns("features", features, "earlier features", self._sums)
         rows = max(1, _BLOCK // max(1, features.shape[1]))
         for x, y in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
-            self._sums.index_add_(0, y[y >= 0], parts.normalised(x[y >= 0], self.eps).double())
+            self._sums.index_add_(0, y[y >= 0], normalised(x[y >= 0], self.eps).double())
 
     def prototypes(self) -> Tensor:
         """The prototypes [C, D] of everything added so far; a class without a sample is a zero row."""
@@ -100,7 +101,7 @@ def ndpp(
     alpha_old: float = 0.16,
     alpha_new: float = 0.004,
     exclude_new_self: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Neighbour-driven perturbation: each old prototype moves away from its nearest old and new prototypes.
 
@@ -118,7 +119,7 @@ def ndpp(
     memory linear in C.
 
     Args:
-        old_prototypes: [C, D]; normalised here. A zero row (an empty class) stays zero and is nobody's
+        old_prototypes: [C, D]; normalised here. A zero row (an empty class) stays zero and is no one's
             neighbour.
         new_prototypes: [C, D], those of the current new model; zero rows are nobody's neighbour.
         k: how many neighbours of each kind; fewer where there are fewer.
@@ -136,7 +137,7 @@ def ndpp(
     """
     _checks.positive_int("k", k)
     old, new = _pair(old_prototypes, new_prototypes)
-    native = _checks.takes_native(backend, old)
+    native = _checks.use_native(backend, old)
     itself = torch.arange(old.shape[0], dtype=torch.int64, device=old.device)
     moved = old.clone()
     sides = (
@@ -172,7 +173,7 @@ def odpp(
     steps: int = 100,
     lr: float = 1e-3,
     batch: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Optimisation-driven perturbation: old prototypes learn to keep apart, and away from other new ones.
 
@@ -198,7 +199,7 @@ def odpp(
         batch: None for every class in every step; else each step draws that many classes i (in turn, in
             random order, from torch's generator) and takes every j: an unbiased estimate of L for very many
             classes.
-        backend: "auto" or "reference"; there is no kernel in it, so "native" raises.
+        backend: "auto" or "reference"; it has no native kernel, so "native" raises.
 
     Returns:
         float32 [C, D] (float64 for float64 prototypes), without gradient.
@@ -212,10 +213,7 @@ def odpp(
     if batch is not None:
         _checks.positive_int("batch", batch)
     old, new = _pair(old_prototypes, new_prototypes)
-    try:
-        reference.refuse_nonfinite(old, new)
-    except _checks.NonFiniteError as error:
-        _checks.refuse_nonfinite(error, (("old_prototypes", "new_prototypes"),))
+    _search.refuse_nonfinite(old, new, ("old_prototypes", "new_prototypes"))
     present = old.any(1).nonzero()[:, 0]
     old_known, new_known = old[present], new[present]
     classes = len(present)
@@ -234,7 +232,7 @@ def _push_apart(
     lr: float,
     batch: int | None,
 ) -> Tensor:
-    """`odpp` of classes [C, D] that all have an old prototype; a zero row of `new` is no class."""
+    """`odpp` of classes [C, D] that all have an old prototype; a zero row of `new` is not a class."""
     classes = len(old)
     drawn = classes if batch is None else min(batch, classes)
     pairs = drawn * (classes - 1)
@@ -262,7 +260,7 @@ def _push_apart(
 def _hinge_gradient(x: Tensor, others: Tensor, rows: Tensor, threshold: float, both: bool) -> Tensor:
     """d/dx [C, D] of the sum over i in rows, j != i of one hinge; with `both`, through `others = x` too."""
     grad = torch.zeros_like(x)
-    with reference.exactly(x):
+    with exactly(x):
         for i in torch.split(rows, max(1, _BLOCK // x.shape[0])):
             own = torch.arange(len(i), dtype=torch.int64, device=i.device)
             close = (x[i] @ others.T > threshold).to(x.dtype)  # [block, C]
@@ -278,8 +276,8 @@ def _pair(old_prototypes: Tensor, new_prototypes: Tensor) -> tuple[Tensor, Tenso
     _checks.rows("new_prototypes", new_prototypes, "old_prototypes", old_prototypes)
     dtype = torch.promote_types(old_prototypes.dtype, new_prototypes.dtype)
     old, new = (
-        parts.normalised(old_prototypes.detach().to(dtype)),
-        parts.normalised(new_prototypes.detach().to(dtype)),
+        normalised(old_prototypes.detach().to(dtype)),
+        normalised(new_prototypes.detach().to(dtype)),
     )
     return old, new
 

@@ -7,54 +7,15 @@ all B x N logits at once. `backend="reference"` selects it in every public funct
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-
-
-class SoftmaxProblem(NamedTuple):
-    """What the softmax statistics are of: the arguments of `softmax_stats`."""
-
-    query: Tensor
-    keys: Tensor
-    scale: float | Tensor = 1.0
-    bias: Tensor | None = None
-    query_labels: Tensor | None = None
-    key_labels: Tensor | None = None
-    positive: Tensor | None = None
-    exclude: Tensor | None = None
-
-
-class SoftmaxStats(NamedTuple):
-    """Row statistics of the logits: float32 [B] (float64 for float64 inputs), the count int64 [B]."""
-
-    neg_lse: Tensor
-    pos_lse: Tensor
-    pos_sum: Tensor
-    pos_count: Tensor
-
-
-class Segment(NamedTuple):
-    """Part of a gallery: query [B, D], keys [N, D], the rows that count (None: all); scale*score + offset."""
-
-    query: Tensor
-    keys: Tensor
-    rows: Tensor | None = None
-    scale: float = 1.0
-    offset: float = 0.0
-
-
-def exactly(x: Tensor) -> AbstractContextManager[None]:
-    """A context in which work on the device of `x` runs as written, whatever autocast says around it."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+from ._autocast import exactly
+from ._types import Segment, SoftmaxStats
 
 
 class _Product(torch.autograd.Function):
@@ -124,8 +85,8 @@ def positives_and_negatives(
     pos = same if positive is None else column == positive[:, None]
     neg = ~(same | pos)
     if exclude is not None:
-        kept = column != exclude[:, None]
-        pos, neg = pos & kept, neg & kept
+        included = column != exclude[:, None]
+        pos, neg = pos & included, neg & included
     return pos, neg
 
 
@@ -180,20 +141,28 @@ def scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
     scores. "l2" is the sum of squared differences: it keeps the distance of vectors far from the origin.
     """
     q, k = query.detach().double(), keys.detach().double()
-    if metric == "cosine":
-        q, k = _lifted(q), _lifted(k)
-    if metric == "l2":
-        s = _by_rows(lambda row: -(row - k).square().sum(1), q, len(k))
-    elif query.dtype == torch.float64:
-        # A matrix product may add the same pair differently at its edges; a row-wise sum never does.
-        s = _by_rows(lambda row: (row * k).sum(1), q, len(k))
-    else:
-        s = q @ k.T
-    if metric == "cosine":
-        square = ((x * x).sum(1) for x in (q, k))
-        q_inverse, k_inverse = (torch.where(x > 0, x.rsqrt(), 0.0) for x in square)
-        s = s * q_inverse[:, None] * k_inverse
+    s = _SCORES[metric](q, k, query.dtype == torch.float64)
     return s if query.dtype == torch.float64 else s.float()
+
+
+def _inner_products(q: Tensor, k: Tensor, by_rows: bool) -> Tensor:
+    # A matrix product may add the same pair differently at its edges; a row-wise sum never does.
+    return _by_rows(lambda row: (row * k).sum(1), q, len(k)) if by_rows else q @ k.T
+
+
+def _cosines(q: Tensor, k: Tensor, by_rows: bool) -> Tensor:
+    q, k = _lifted(q), _lifted(k)
+    square = ((x * x).sum(1) for x in (q, k))
+    q_inverse, k_inverse = (torch.where(x > 0, x.rsqrt(), 0.0) for x in square)
+    return _inner_products(q, k, by_rows) * q_inverse[:, None] * k_inverse
+
+
+def _minus_squared_distances(q: Tensor, k: Tensor, _: bool) -> Tensor:
+    return _by_rows(lambda row: -(row - k).square().sum(1), q, len(k))
+
+
+# Scores [B, N] in float64; the third argument says whether equal pairs must get equal bits of float64.
+_SCORES = {"cosine": _cosines, "ip": _inner_products, "l2": _minus_squared_distances}
 
 
 def _by_rows(score: Callable[[Tensor], Tensor], query: Tensor, keys: int) -> Tensor:
@@ -226,7 +195,7 @@ def refuse_nonfinite(query: Tensor, keys: Tensor, rows: Tensor | None = None, se
 
 def refuse_overflow(beyond: Tensor) -> None:
     """Raise ScoreOverflowError for the first query with a score [B, ...] that is beyond the numbers."""
-    if _checks.eager() and beyond.any():
+    if _checks.eager() and not beyond.is_meta and beyond.any():
         raise _checks.ScoreOverflowError(int(beyond.flatten(1).any(1).nonzero()[0]))
 
 

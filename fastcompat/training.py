@@ -1,4 +1,4 @@
-"""A thin helper for compatible training, for those who want one: a plain loop of 15 lines does the same.
+"""A thin helper for compatible training, optional: a plain loop of 15 lines does the same.
 
 The old model's features are made once (`cached_features`); then every step adds a compatible loss to the
 ordinary one (`CompatibleStep`). The loop, the schedule and the validation stay yours.
@@ -88,7 +88,7 @@ class CompatibleStep:
     def __call__(self, images: Tensor, labels: Tensor, old: Tensor | None = None) -> Tensor:
         """Train on images of labels int64 [B], whose old features `old` [B, D_old] go to `compatible`.
 
-        Without `old` the compatible loss is called with features and labels alone, as those that compare with
+        Without `old` the compatible loss is called with features and labels only, as those that compare with
         class vectors (BCT, prototypes) are. Returns the loss, 0-dim, detached.
         """
         self.model.train()

@@ -1,13 +1,18 @@
 // bf16 products on AMX tiles (16 x 16 scores, 32 dimensions an instruction), for the softmax passes. The packed layouts
 // are those of the vector kernels: a tile is a window into them. Search keeps to vectors, whose rounding it can repeat
 // anywhere.
+#pragma once
+#include "tile.inl"
+
+#ifdef FASTCOMPAT_AMX
 
 namespace {
 
 struct Amx {
   static constexpr int PACK = 2, STEP = 16;
 
-  // The tile registers of the thread, all 16 rows of 64 bytes, for as long as an item runs.
+  // The tile registers of the thread, all 16 rows of 64 bytes, for as long as an item runs. In the configuration, byte
+  // 0 is the palette, a 16-bit number from byte 16 on each tile's bytes in a row, a byte from 48 on its rows.
   struct Scope {
     Scope() {
       alignas(64) uint8_t config[64] = {1};
@@ -65,10 +70,11 @@ inline void add_products(const float* a, const float* b, bool two) {
 }
 
 template <>
-void score_block<Amx>(const float* block, int n, const float* panel, int64_t words, float* scores, const Ahead& ahead) {
+void score_block<Amx>(const float* block, int n, const float* panel, int64_t words, float* scores,
+                      const Prefetch& prefetch) {
   for (int first = 0; first < n; first += 2 * kSide) {
-    ahead.fetch(first / kSide);
-    ahead.fetch(first / kSide + 1);
+    prefetch.fetch(first / kSide);
+    prefetch.fetch(first / kSide + 1);
     const bool two = first + kSide < n;
     float* out = scores + first * L;
     for (int64_t from = 0; from == 0 || from < words; from += PIECE) {
@@ -85,21 +91,21 @@ void score_block<Amx>(const float* block, int n, const float* panel, int64_t wor
 
 // [dim, rounded up to 16][64 words]: a word holds a dimension of two rows. Rows past n are zero.
 template <>
-const float* pair_rows<Amx>(const float* block, int64_t dim, int n, Workspace& ws) {
-  float* pairs = ws.floats(kRowPairs, padded(dim) * CHUNK);
+const float* interleave_rows<Amx>(const float* block, int64_t dim, int n, Workspace& ws) {
+  float* interleaved = ws.floats(kInterleaved, padded(dim) * CHUNK);
   for (int first = 0; first < n; first += 2 * kSide)
     for (int64_t d = 0; d < dim; d += kSide) {
       __m512i words[kSide];
       for (int m = 0; m < kSide; ++m) words[m] = words_of_two_rows(block, first + 2 * m, n, d);
       transpose(words);
-      for (int j = 0; j < kSide; ++j) _mm512_storeu_si512(pairs + (d + j) * CHUNK + first / 2, words[j]);
+      for (int j = 0; j < kSide; ++j) _mm512_storeu_si512(interleaved + (d + j) * CHUNK + first / 2, words[j]);
     }
-  return pairs;
+  return interleaved;
 }
 
 template <>
-void pair_weights<Amx>(float* weights, int n) {
-  pair_weights<Bf16>(weights, n);
+void interleave_weights<Amx>(float* weights, int n) {
+  interleave_weights<Bf16>(weights, n);
   const int words = (n + 1) / 2, whole = (words + kSide - 1) / kSide * kSide;
   std::memset(weights + words * L, 0, static_cast<size_t>(whole - words) * kLaneBytes);
 }
@@ -116,3 +122,5 @@ void add_weighted<Amx>(const float* rows, int n, const float* weights, int64_t d
 }
 
 }  // namespace
+
+#endif

@@ -1,5 +1,8 @@
 // The candidates of a search: the best so far of every query with the score that the next one must beat, and candidates
 // whose scores are known by bounds alone until it is clear that they are needed.
+#pragma once
+#include "screen.inl"
+#include "select.inl"
 
 namespace {
 
@@ -64,19 +67,19 @@ struct TopkState {
 };
 
 // Candidates whose scores are lower bounds, but for those before the first segment's; a candidate's score is at most
-// `spread[q]` above its bound.
-struct Bounded {
+// `max_width[q]` above its bound.
+struct BoundedCandidates {
   TopkState& state;
   Workspace& ws;
-  int64_t* starts;  // [n_segments, n_queries] where each segment's candidates start
-  float* spread;    // [n_queries]
-  int current = 0;  // segment
+  int64_t* starts;   // [n_segments, n_queries] where each segment's candidates start
+  float* max_width;  // [n_queries]
+  int current = 0;   // segment
 
-  Bounded(TopkState& state, Workspace& ws) : state(state), ws(ws) {
+  BoundedCandidates(TopkState& state, Workspace& ws) : state(state), ws(ws) {
     const int64_t queries = state.item.n_queries, segments = state.item.n_segments;
     starts = reinterpret_cast<int64_t*>(ws.floats(kStarts, (2 * segments + 1) * queries));
-    spread = reinterpret_cast<float*>(starts + segments * queries);
-    for (int64_t q = 0; q < queries; ++q) spread[q] = 0;
+    max_width = reinterpret_cast<float*>(starts + segments * queries);
+    for (int64_t q = 0; q < queries; ++q) max_width[q] = 0;
   }
 
   int64_t& start(int segment, int64_t q) const { return starts[segment * state.item.n_queries + q]; }
@@ -89,41 +92,42 @@ struct Bounded {
   // From now on all of the query's candidates count as exact.
   void mark_exact(int64_t q) {
     for (int i = 0; i <= current; ++i) start(i, q) = state.item.found[q];
-    spread[q] = 0;
+    max_width[q] = 0;
   }
 
   void offer(int64_t q, float low, float high, int32_t id) {
     if (!state.wanted(q, id)) return;
     state.add(q, low, id);
     const float gap = high - low;
-    if (!(gap <= spread[q])) spread[q] = gap == gap ? gap : kInf;
+    if (!(gap <= max_width[q])) max_width[q] = gap == gap ? gap : kInf;
     if (state.item.found[q] < state.item.capacity) return;
-    squeeze(q);
-    if (state.item.found[q] > (state.item.k + state.item.capacity) / 2) settle(q);
+    prune(q);
+    if (state.item.found[q] > (state.item.k + state.item.capacity) / 2) rescore(q);
   }
 
   // Drops the candidates that k others surely beat.
-  void squeeze(int64_t q) {
+  void prune(int64_t q) {
     const TopkItem& item = state.item;
     float* scores = item.scores + state.at(q);
     int32_t* ids = item.ids + state.at(q);
     const int64_t n = item.found[q];
-    const float kth = kth_best(scores, n, item.k).bar;
-    const float limit = just_below(static_cast<float>(kth - spread[q] * (1 + 0x1p-20)));
-    int64_t kept = 0, i = 0;
-    const auto keep_until = [&](int64_t end) {
+    constexpr double kSpare = 0x1p-20;  // the width was a rounded difference
+    const float kth = kth_best(scores, n, item.k).value;
+    const float limit = just_below(static_cast<float>(kth - max_width[q] * (1 + kSpare)));
+    int64_t count = 0, i = 0;
+    const auto compact_until = [&](int64_t end) {
       for (; i < end; ++i) {
-        scores[kept] = scores[i];
-        ids[kept] = ids[i];
-        kept += !(scores[i] < limit);
+        scores[count] = scores[i];
+        ids[count] = ids[i];
+        count += !(scores[i] < limit);
       }
     };
     for (int segment = 0; segment <= current; ++segment) {
-      keep_until(start(segment, q));
-      start(segment, q) = kept;
+      compact_until(start(segment, q));
+      start(segment, q) = count;
     }
-    keep_until(n);
-    item.found[q] = kept;
+    compact_until(n);
+    item.found[q] = count;
     state.raise(q, kth);
   }
 
@@ -142,7 +146,7 @@ struct Bounded {
     const float factor = s.query_factor[query];
     with_search_arithmetic(s.keys, item.metric, [&](auto a) {
       using A = decltype(a);
-      const float* x = words_of_row<A>(s.query, query, ws.floats(kLine, padded(s.query.dim)));
+      const float* x = words_of_row<A>(s.query, query, ws.floats(kRow, padded(s.query.dim)));
       for (int64_t i = from; i < to; i += W) {
         const int n = static_cast<int>(smaller<int64_t>(W, to - i));
         float out[W];
@@ -154,7 +158,7 @@ struct Bounded {
   }
 
   // Scores every candidate exactly and keeps the best k.
-  void settle(int64_t q) {
+  void rescore(int64_t q) {
     const TopkItem& item = state.item;
     for (int i = 0; i < current; ++i) score(item.segments[i], q, start(i, q), start(i + 1, q));
     score(item.segments[current], q, start(current, q), item.found[q]);
@@ -162,28 +166,28 @@ struct Bounded {
     mark_exact(q);
   }
 
-  void settle_all() {
+  void rescore_all() {
     for (int64_t q = 0; q < state.item.n_queries; ++q) {
       const int64_t n = state.item.found[q];
-      if (n > state.item.k && n > start(0, q)) squeeze(q);
-      settle(q);
+      if (n > state.item.k && n > start(0, q)) prune(q);
+      rescore(q);
     }
   }
 };
 
 // Screens the blocks of one segment for all queries of an item.
-struct Screening {
-  Bounded& candidates;
+struct SegmentScreen {
+  BoundedCandidates& candidates;
   TopkState& state;
   const SearchSegment& s;
   SegmentTerms segment;
 
-  Screening(Bounded& candidates, const SearchSegment& s)
+  SegmentScreen(BoundedCandidates& candidates, const SearchSegment& s)
       : candidates(candidates), state(candidates.state), s(s), segment(s) {}
 
   // Products [n][L] of keys from position `first` on and strip t.
   template <bool UNITS>
-  void block(const KeyBounds& keys, const Blur& most, const float* products, int64_t first, int n,
+  void block(const KeyBounds& keys, const ErrorFactors& most, const float* products, int64_t first, int n,
              const QueryBounds& queries, int t) {
     state.refresh(t);
     const float* threshold = state.threshold + t * L;

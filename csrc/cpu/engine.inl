@@ -1,39 +1,13 @@
-// Everything an instruction set exports: a file that includes this defines FASTCOMPAT_TABLE (and includes its simd_*.h
-// first). All else stays in anonymous namespaces and no STL is used, so the linker can never pick this file's copy of a
-// shared inline function for code that runs on older machines.
-#include <cstring>
-
-#include "half.h"
-#include "tile.inl"
-// order matters
-#ifdef FASTCOMPAT_AMX
+// Everything an instruction set exports: a file that includes this defines FASTCOMPAT_TABLE, FASTCOMPAT_NAME
+// and FASTCOMPAT_SIMD first. All else stays in anonymous namespaces and no STL is used, so the linker can never pick
+// this file's copy of a shared inline function for code that runs on older machines.
+#pragma once
 #include "amx.inl"
-#endif
-#ifdef FASTCOMPAT_INT16
+#include "cached_probs.inl"
 #include "int16.inl"
-#endif
-// order matters
-#include "softmax.inl"
-// order matters
-#include "kept.inl"
-// order matters
-#include "select.inl"
-// order matters
-#include "scores.inl"
-// order matters
-#include "screen.inl"
-// order matters
-#include "candidates.inl"
-// order matters
-#include "few.inl"
-// order matters
-#include "rounded.inl"
-// order matters
-#include "topk.inl"
-// order matters
-#include "intervals.inl"
-// order matters
 #include "ranks.inl"
+#include "softmax.inl"
+#include "topk.inl"
 
 namespace {
 
@@ -53,8 +27,8 @@ void beats_item(const BeatsItem& item, Workspace& ws) {
   with_search_arithmetic(item.segment->keys, item.metric, [&](auto a) { beats_with<decltype(a)>(item, ws); });
 }
 
-void pairs_item(const PairItem& item, Workspace& ws) {
-  with_search_arithmetic(item.segment->keys, item.metric, [&](auto a) { pairs_with<decltype(a)>(item, ws); });
+void pair_scores_item(const PairItem& item, Workspace& ws) {
+  with_search_arithmetic(item.segment->keys, item.metric, [&](auto a) { pair_scores_with<decltype(a)>(item, ws); });
 }
 
 void forward_item(const ForwardItem& item, Workspace& ws) {
@@ -67,12 +41,25 @@ void gradient_item(const GradientItem& item, Workspace& ws) {
 
 }  // namespace
 
+#ifdef FASTCOMPAT_TABLE
 namespace fastcompat {
 
 extern const Kernels FASTCOMPAT_TABLE;
 const Kernels FASTCOMPAT_TABLE = {
-    FASTCOMPAT_NAME, NB,         forward_item, gradient_item, kept_item, topk_item, packed_floats,
-    pack_item,       beats_item, pairs_item,   factors,       store_row, load_row,
+    FASTCOMPAT_NAME,
+    NB,
+    forward_item,
+    gradient_item,
+    cached_gradient_item,
+    topk_item,
+    packed_floats,
+    pack_item,
+    beats_item,
+    pair_scores_item,
+    factors,
+    store_row,
+    load_row,
 };
 
 }  // namespace fastcompat
+#endif

@@ -1,5 +1,9 @@
 // Products of 16-bit integers, for screening only: vpmaddwd multiplies twice as many numbers as an fp32 instruction,
 // and the sums are exact. A word is two dimensions; |a||b| < 2^31 keeps every sum within 32 bits.
+#pragma once
+#include "tile.inl"
+
+#ifdef FASTCOMPAT_INT16
 
 namespace {
 
@@ -22,10 +26,10 @@ inline __attribute__((always_inline)) void add_products(F (&sums)[NV], const flo
 
 template <>
 void score_block<Int16>(const float* block, int n, const float* panel, int64_t words, float* scores,
-                        const Ahead& ahead) {
+                        const Prefetch& prefetch) {
   static_assert(NV == 2, "two vectors of lanes");
   for (int first = 0; first < n; first += MR) {
-    ahead.fetch(first / MR);
+    prefetch.fetch(first / MR);
     with_count<MR>(smaller(n - first, MR), [&](auto rows) {
       constexpr int R = decltype(rows)::value;
       F acc[R][NV];
@@ -49,3 +53,5 @@ void score_block<Int16>(const float* block, int n, const float* panel, int64_t w
 }
 
 }  // namespace
+
+#endif

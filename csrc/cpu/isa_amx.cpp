@@ -3,6 +3,5 @@
 #define FASTCOMPAT_AMX 1
 #define FASTCOMPAT_TABLE kernels_amx
 #define FASTCOMPAT_NAME "amx"
-#include "simd_avx512.h"
-// the vector type comes first
+#define FASTCOMPAT_SIMD "simd_avx512.h"
 #include "engine.inl"

@@ -2,6 +2,5 @@
 #define FASTCOMPAT_SCREEN 1
 #define FASTCOMPAT_TABLE kernels_avx2
 #define FASTCOMPAT_NAME "avx2"
-#include "simd_avx2.h"
-// the vector type comes first
+#define FASTCOMPAT_SIMD "simd_avx2.h"
 #include "engine.inl"

@@ -1,5 +1,4 @@
 #define FASTCOMPAT_TABLE kernels_avx512
 #define FASTCOMPAT_NAME "avx512"
-#include "simd_avx512.h"
-// the vector type comes first
+#define FASTCOMPAT_SIMD "simd_avx512.h"
 #include "engine.inl"

@@ -2,6 +2,5 @@
 #define FASTCOMPAT_SCREEN 1
 #define FASTCOMPAT_TABLE kernels_avx512bf16
 #define FASTCOMPAT_NAME "avx512bf16"
-#include "simd_avx512.h"
-// the vector type comes first
+#define FASTCOMPAT_SIMD "simd_avx512.h"
 #include "engine.inl"

@@ -1,5 +1,4 @@
 #define FASTCOMPAT_TABLE kernels_generic
 #define FASTCOMPAT_NAME "generic"
-#include "simd_generic.h"
-// the vector type comes first
+#define FASTCOMPAT_SIMD "simd_generic.h"
 #include "engine.inl"

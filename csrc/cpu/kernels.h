@@ -7,21 +7,54 @@
 
 namespace fastcompat {
 
+constexpr int64_t kCacheLineFloats = 16;  // 64 bytes: also the longest vector of any instruction set
+constexpr int64_t kProbsChunk = 64;       // queries whose cached probabilities lie together, key by key
+
+// Fewer keys than this for each of the k results, and most keys are candidates: neither error bounds nor a floor pay.
+constexpr int64_t kKeysPerResult = 32;
+
 // Fresh memory of many megabytes costs a fault for every page, as much as several percent of a loss. Advice only.
 void prefer_large_pages(void* memory, int64_t bytes);
 
-// Scratch memory of one thread; a slot keeps its buffer for the next item. Throws std::bad_alloc.
+// What a workspace holds memory for, each for one use: no two buffers in use at once share a slot.
+enum Slot {
+  kPanels,        // packed lanes
+  kBlock,         // packed rows
+  kInterleaved,   // the same, two rows in a word
+  kScores,        // a block's scores, logits or coefficients with one strip
+  kSums,          // weighted sums of rows, per lane
+  kPackLines,     // rows on their way into a panel
+  kRow,           // one row as floats, or as words
+  kUnpacked,      // a strip's sums, row by row
+  kStripStates,   // softmax: what each strip has summed so far
+  kProducts,      // softmax: a block's products, when coefficients take their place
+  kQueryTerms,    // cached probabilities: terms of each query
+  kQueryFactors,  // search: of each lane
+  kKeyBounds,     // screen: of a block that is not packed
+  kQueryBounds,   // screen: of each strip
+  kQuantisedRow,  // screen: a row on its way into a panel
+  kThresholds,    // top-k: of each lane
+  kStarts,        // top-k: where each segment's candidates start
+  kGathered,      // exact scores: rows from anywhere
+  kBinMaps,       // beat-counts: of each strip
+  kBinTables,     // beat-counts: of each strip
+  kCounts,        // beat-counts: of each strip
+  kCandidates,    // top-k: of an item, outside the kernels
+  kCachedExps,    // loss: cached probabilities, outside the kernels
+  kCachedShifts,  // loss: their shifts, outside the kernels
+  kSlots
+};
+
+// Memory of one thread; a slot keeps its buffer for the next item. Throws std::bad_alloc.
 class Workspace {
  public:
   Workspace() = default;
   Workspace(const Workspace&) = delete;
   ~Workspace();
-  float* floats(int slot, int64_t count);  // 64-byte aligned, contents undefined
-  void trim();                             // gives large buffers back
-  static constexpr int kCandidates = 13;   // the one slot that is not the kernels' own
+  float* floats(Slot slot, int64_t count);  // 64-byte aligned, contents undefined
+  void trim();                              // gives large buffers back
 
  private:
-  static constexpr int kSlots = 14;
   void* data_[kSlots] = {};
   int64_t capacity_[kSlots] = {};
 };
@@ -35,11 +68,11 @@ struct RowRange {
   int64_t row(int64_t i) const { return index ? index[first + i] : first + i; }
 };
 
-// Exponentials that a forward pass keeps for the key gradient, so that no score is computed twice.
-struct Kept {
-  float* exps;      // [block of keys][64 queries][key][64]: exp(z - shift), 0 for a pair that is left out
+// Exponentials that a forward pass caches for the key gradient, so that no score is computed twice.
+struct CachedProbs {
+  float* exps;      // [block of keys][chunk of queries][key][kProbsChunk]: exp(z - shift), 0 for ignored pairs
   float* shifts;    // [block of keys][queries]; -inf where all exps are 0
-  int64_t queries;  // room for them: a multiple of 64
+  int64_t queries;  // room for them: a multiple of kProbsChunk
   bool streamed;    // more than caches hold: written past them
 };
 
@@ -48,14 +81,14 @@ struct ForwardItem {
   RowRange query, keys;
   float scale;
   const float* bias;           // [N] or null
-  const int32_t* query_group;  // [B] or null: pairs of one group are left out
+  const int32_t* query_group;  // [B] or null: pairs of one group are ignored
   const int32_t* key_group;    // [N]
-  const int64_t* left_out[2];  // [B] or null: one key of each query that is left out, -1 for none
+  const int64_t* ignored[2];   // [B] or null: one key of each query that is ignored, -1 for none
   float* max;                  // [B] shift of the partial sums
   float* sum_exp;              // [B]
   float* sum;                  // [B] or null: sum of the logits
   float* mean;                 // [B, D] or null: sum of exp(z - max) * key, not normalised
-  Kept kept;                   // of these keys; null: nothing is kept
+  CachedProbs cached;          // of these keys; null: nothing is cached
 };
 
 // sum over rows of c * row for every lane, where c is the gradient of the loss with respect to a logit.
@@ -77,10 +110,10 @@ struct GradientItem {
   float* out_dot;           // [lanes] or null: sum of c * <lane, row>, likewise
 };
 
-// The gradient of some float32 keys from the exponentials that a forward pass over all these queries kept.
-struct KeptItem {
+// The gradient of some float32 keys from the exponentials that a forward pass over all these queries cached.
+struct CachedGradientItem {
   RowRange query, keys;
-  Kept kept;  // of these keys
+  CachedProbs cached;  // of these keys
   float scale;
   const float *neg_lse, *g_neg;  // [queries]; an empty set has lse = +inf and gradient 0
   const float* g_pos;
@@ -123,7 +156,7 @@ struct BeatsItem {
   int64_t begin, end;  // positions
   const int64_t* bounds;
   int64_t blocks;
-  const int64_t* thresholds;  // [B, P] ascending: standing_of(score, id), and INT64_MAX for what nothing beats
+  const int64_t* thresholds;  // [B, P] ascending: rank_code(score, id), and INT64_MAX for what nothing beats
   const int32_t* columns;     // [B, P] where each threshold stood
   int64_t targets;
   const int64_t* exclude;
@@ -154,7 +187,7 @@ struct Kernels {
   int pack_rows;  // rows of a packed block
   void (*forward)(const ForwardItem&, Workspace&);
   void (*gradient)(const GradientItem&, Workspace&);
-  void (*kept_gradient)(const KeptItem&, Workspace&);
+  void (*cached_gradient)(const CachedGradientItem&, Workspace&);
   void (*topk)(const TopkItem&, Workspace&);
   int64_t (*packed_floats)(const Matrix& keys, Metric metric);  // of a packed block; 0: no such keys are packed
   void (*pack)(const PackItem&, Workspace&);

@@ -15,10 +15,10 @@ namespace fastcompat {
 namespace {
 
 // A thread's scratch memory stays with it between calls: small calls pay no page faults.
-struct Scratch {
+struct WorkspaceLease {
   Workspace& workspace;
-  Scratch() : workspace(of_thread()) {}
-  ~Scratch() { workspace.trim(); }
+  WorkspaceLease() : workspace(of_thread()) {}
+  ~WorkspaceLease() { workspace.trim(); }
 
   static Workspace& of_thread() {
     thread_local Workspace workspace;
@@ -40,8 +40,8 @@ struct Job {
 
   void work() {
     try {
-      Scratch scratch;
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) fn(i, scratch.workspace);
+      WorkspaceLease lease;
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) fn(i, lease.workspace);
     } catch (...) {
       next.store(items, std::memory_order_relaxed);
       std::lock_guard<std::mutex> lock(mutex);
@@ -137,8 +137,8 @@ Pool& pool() {
 void parallel_for(int64_t items, int threads, const std::function<void(int64_t, Workspace&)>& fn) {
   if (items <= 0) return;
   if (threads <= 1 || items == 1) {
-    Scratch scratch;
-    for (int64_t i = 0; i < items; ++i) fn(i, scratch.workspace);
+    WorkspaceLease lease;
+    for (int64_t i = 0; i < items; ++i) fn(i, lease.workspace);
     return;
   }
   const int64_t helpers = (items < threads ? items : threads) - 1;

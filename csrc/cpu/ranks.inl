@@ -1,5 +1,8 @@
 // Beat-counts: every score is counted in its interval between a query's thresholds. Where the instruction set screens,
 // bounds of a score mostly tell its interval; the exact score is found where they do not.
+#pragma once
+#include "histogram.inl"
+#include "screen_quantised.inl"
 
 namespace {
 
@@ -7,15 +10,15 @@ namespace {
 struct Beats {
   const BeatsItem& item;
   const SearchSegment& s;
-  IntervalSizes sizes;
+  HistogramSizes sizes;
   int strips;
-  PlaceMap* maps;
+  BinMap* maps;
   float* tables;
   int32_t* counts;
   float* scores;  // [NB][L], or products
-  int32_t *low, *high, *doubts;
-  int n;     // keys of the block
-  int rest;  // of them with a score that is not in its main interval: the rows of low and high
+  int32_t *low, *high, *unresolved;
+  int n;       // keys of the block
+  int binned;  // of them with a score that is not in its main interval: the rows of low and high
   int32_t ids[NB], row[NB];
 
   Beats(const BeatsItem& item, Workspace& ws)
@@ -23,19 +26,19 @@ struct Beats {
         s(*item.segment),
         sizes(item.targets),
         strips(static_cast<int>((item.n_queries + L - 1) / L)),
-        maps(reinterpret_cast<PlaceMap*>(ws.floats(kOut, strips * int64_t{sizeof(PlaceMap) / sizeof(float)}))),
-        tables(ws.floats(kRowPairs, strips * sizes.table_floats())),
-        counts(reinterpret_cast<int32_t*>(ws.floats(kMisc, strips * sizes.counts()))),
+        maps(reinterpret_cast<BinMap*>(ws.floats(kBinMaps, strips * int64_t{sizeof(BinMap) / sizeof(float)}))),
+        tables(ws.floats(kBinTables, strips * sizes.table_floats())),
+        counts(reinterpret_cast<int32_t*>(ws.floats(kCounts, strips * sizes.counts()))),
         scores(ws.floats(kScores, 4 * NB * L + 1)),
         low(reinterpret_cast<int32_t*>(scores + NB * L)),
         high(low + NB * L),
-        doubts(high + NB * L),
+        unresolved(high + NB * L),
         n(0),
-        rest(0) {
+        binned(0) {
     for (int t = 0; t < strips; ++t) strip(t).prepare();
   }
 
-  Strip strip(int t) const {
+  StripHistogram strip(int t) const {
     return {sizes,
             maps[t],
             item.thresholds + (item.first_query + t * L) * item.targets,
@@ -49,37 +52,37 @@ struct Beats {
   }
 
   // A row's scores, known by bounds.
-  void offer(const Strip& strip, int i, const F (&least)[NV], const F (&most)[NV]) {
+  void offer(const StripHistogram& strip, int i, const F (&least)[NV], const F (&most)[NV]) {
     if (strip.all_main(least, most)) return;
     for (int v = 0; v < NV; ++v) {
-      Simd::store(low + rest * L + v * W, strip.map.place(least[v], v));
-      Simd::store(high + rest * L + v * W, strip.map.place(most[v], v));
+      Simd::store(low + binned * L + v * W, strip.map.bin(least[v], v));
+      Simd::store(high + binned * L + v * W, strip.map.bin(most[v], v));
     }
-    row[rest++] = i;
+    row[binned++] = i;
   }
 
-  // NaN for pairs that do not count.
-  void leave_out(const Strip& strip, int t) {
+  // NaN for excluded pairs.
+  void mask_excluded(const StripHistogram& strip, int t) {
     for (int lane = 0; item.exclude && lane < strip.lanes; ++lane)
       for (int i = 0; i < n; ++i)
         if (excluded(t, lane, ids[i])) scores[i * L + lane] = kNan;
   }
 
-  // Counts what was offered of a strip; settle(place in low and high, row) for each pair in doubt. Returns how many.
-  template <bool TWO, class Settle>
-  int count(const Strip& strip, Settle&& settle) {
-    strip.count_main(n - rest);
-    const int doubtful = strip.count<TWO>(rest, low, high, doubts);
-    for (int d = 0; d < doubtful; ++d) settle(doubts[d], row[doubts[d] / L]);
-    rest = 0;
-    return doubtful;
+  // Counts what was offered of a strip; resolve(bin in low and high, row) for each ambiguous pair. Returns how many.
+  template <bool TWO, class Resolve>
+  int count(const StripHistogram& strip, Resolve&& resolve) {
+    strip.count_main(n - binned);
+    const int n_unresolved = strip.count<TWO>(binned, low, high, unresolved);
+    for (int d = 0; d < n_unresolved; ++d) resolve(unresolved[d], row[unresolved[d] / L]);
+    binned = 0;
+    return n_unresolved;
   }
 
   void choose_main() {
     for (int t = 0; t < strips; ++t) strip(t).choose_main();
   }
 
-  // Calls scorer.block(first) for blocks from position `begin` on, until it returns false; returns where to go on.
+  // Calls scorer.block(first) for blocks from position `begin` on, until it returns false; returns where to resume.
   template <class Scorer>
   int64_t walk(Scorer& scorer, int64_t begin) {
     for (int64_t b = 0; b < item.blocks; ++b) {
@@ -118,7 +121,7 @@ struct Beats {
 
 // By exact scores of all pairs.
 template <class A>
-struct Scored {
+struct ExactScorer {
   Beats& beats;
   Workspace& ws;
   PackedQueries<A> queries;
@@ -126,13 +129,13 @@ struct Scored {
   RowRange keys;
   float* rows;
 
-  Scored(Beats& beats, Workspace& ws)
+  ExactScorer(Beats& beats, Workspace& ws)
       : beats(beats),
         ws(ws),
         queries(beats.s, beats.item.first_query, beats.item.n_queries, ws),
         segment(beats.s),
         keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
-        rows(ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK)) {}
+        rows(ws.floats(kBlock, chunks_of(queries.words) * NB * CHUNK)) {}
 
   bool block(int64_t first) {
     const int n = beats.n;
@@ -140,25 +143,25 @@ struct Scored {
     const PackedKeys<A> terms(keys, beats.item.metric, first, n, rows, beats.item.bad, ws);
     for (int t = 0; t < queries.strips; ++t) {
       score(terms, t, {keys, first + n, t, queries.strips});
-      const Strip strip = beats.strip(t);
-      beats.leave_out(strip, t);
+      const StripHistogram strip = beats.strip(t);
+      beats.mask_excluded(strip, t);
       for (int i = 0; i < n; ++i) {
         F row[NV];
         for (int v = 0; v < NV; ++v) row[v] = Simd::load(scores + i * L + v * W);
         beats.offer(strip, i, row, row);
       }
       beats.count<false>(strip, [&](int k, int i) {
-        const int64_t at = standing(scores[i * L + k % L], beats.ids[i]);
-        strip.settle(k % L, beats.low[k], beats.high[k], at);
+        const int64_t at = code_of(scores[i * L + k % L], beats.ids[i]);
+        strip.recount(k % L, beats.low[k], beats.high[k], at);
       });
     }
     return true;
   }
 
   // A function of its own: gcc runs out of registers for the sums where it is inlined.
-  __attribute__((noinline)) void score(const PackedKeys<A>& terms, int t, const Ahead& ahead) {
+  __attribute__((noinline)) void score(const PackedKeys<A>& terms, int t, const Prefetch& prefetch) {
     for (int from = 0; from < beats.n; from += MR) {
-      ahead.fetch(from / MR);
+      prefetch.fetch(from / MR);
       with_count<MR>(smaller(beats.n - from, MR), [&](auto height) {
         constexpr int R = decltype(height)::value;
         F acc[R][NV];
@@ -174,61 +177,61 @@ struct Scored {
 
 #ifdef FASTCOMPAT_SCREEN
 
-// By bounds of the scores, as long as few pairs are in doubt.
-struct Bracketed {
+// By bounds of the scores, as long as few pairs are ambiguous.
+struct BoundScorer {
   Beats& beats;
   Workspace& ws;
-  RoundedQueries queries;
+  QuantisedQueries queries;
   SegmentTerms segment;
   RowRange keys;
-  RoundedBlock rounded;
+  QuantisedBlock quantised;
 
-  Bracketed(Beats& beats, Workspace& ws)
+  BoundScorer(Beats& beats, Workspace& ws)
       : beats(beats),
         ws(ws),
         queries(beats.s, beats.item.metric, beats.item.first_query, beats.item.n_queries, ws),
         segment(beats.s),
         keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
-        rounded(ws.floats(kRows, RoundedBlock::floats(queries.words)), queries.words) {}
+        quantised(ws.floats(kBlock, QuantisedBlock::floats(queries.words)), queries.words) {}
 
   bool block(int64_t first) {
     const int n = beats.n;
-    int64_t doubtful = 0;
-    rounded.fill(keys, beats.item.metric, beats.s.centre, first, n, beats.item.bad, ws);
+    int64_t n_unresolved = 0;
+    quantised.fill(keys, beats.item.metric, beats.s.centre, first, n, beats.item.bad, ws);
     for (int t = 0; t < queries.strips; ++t) {
-      score_block<Screen>(rounded.rows, n, queries.panel(t), queries.words, beats.scores,
+      score_block<Screen>(quantised.rows, n, queries.panel(t), queries.words, beats.scores,
                           {keys, first + n, t, queries.strips});
-      const Strip strip = beats.strip(t);
-      beats.leave_out(strip, t);
-      bracket(queries.bounds[t], strip);
-      doubtful += beats.count<true>(strip, [&](int k, int i) { settle(strip, t, k, i); });
+      const StripHistogram strip = beats.strip(t);
+      beats.mask_excluded(strip, t);
+      bound_scores(queries.bounds[t], strip);
+      n_unresolved += beats.count<true>(strip, [&](int k, int i) { rescore(strip, t, k, i); });
     }
-    return doubtful * kScoresPerDoubt < int64_t{n} * L * queries.strips;
+    return n_unresolved * kScoresPerRescore < int64_t{n} * L * queries.strips;
   }
 
-  static constexpr int kScoresPerDoubt = 64;  // exact scores in tiles that cost what one pair in doubt costs
+  static constexpr int kScoresPerRescore = 64;  // exact scores in tiles that cost what one ambiguous pair costs
 
   // The lowest and the highest that each score can be; any, where a bound is NaN.
-  void bracket(const QueryBounds& q, const Strip& strip) {
-    const KeyBounds& keys = rounded.bounds;
+  void bound_scores(const QueryBounds& q, const StripHistogram& strip) {
+    const KeyBounds& keys = quantised.bounds;
     for (int i = 0; i < beats.n; ++i) {
-      const F a = Simd::set1(keys.multiply[i]), b = Simd::set1(keys.norm[i]), c = Simd::set1(keys.slack[i]);
+      const F a = Simd::set1(keys.multiply[i]), b = Simd::set1(keys.norm[i]), c = Simd::set1(keys.residual[i]);
       const F above = Simd::set1(keys.high[i]), below = Simd::set1(keys.low[i]);
       F least[NV], most[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const auto of = [&](const float* x) { return Simd::load(x + v * W); };
-        const F product = of(beats.scores + i * L), dot = Rounding::kUnits ? Simd::mul(product, of(q.unit)) : product;
-        const F blur = Simd::fma(of(q.slack), b, Simd::fma(of(q.norm), c, of(q.own)));
+        const F product = of(beats.scores + i * L), dot = Quantiser::kUnits ? Simd::mul(product, of(q.unit)) : product;
+        const F error = Simd::fma(of(q.residual), b, Simd::fma(of(q.norm), c, of(q.own_error)));
         const auto finish = [&](F inner) { return last_steps(inner, of(q.terms.multiply), of(q.terms.add), segment); };
-        least[v] = Simd::max(finish(Simd::fma(dot, a, Simd::sub(below, blur))), Simd::set1(-kInf));
-        most[v] = Simd::min(finish(Simd::fma(dot, a, Simd::add(above, blur))), Simd::set1(kInf));
+        least[v] = Simd::max(finish(Simd::fma(dot, a, Simd::sub(below, error))), Simd::set1(-kInf));
+        most[v] = Simd::min(finish(Simd::fma(dot, a, Simd::add(above, error))), Simd::set1(kInf));
       }
       beats.offer(strip, i, least, most);
     }
   }
 
-  void settle(const Strip& strip, int t, int k, int i) {
+  void rescore(const StripHistogram& strip, int t, int k, int i) {
     const int lane = k % L;
     const int32_t id = beats.ids[i];
     const int64_t query = beats.item.first_query + t * L + lane;
@@ -236,38 +239,40 @@ struct Bracketed {
     if (!beats.excluded(t, lane, id)) {
       with_search_arithmetic(beats.s.keys, beats.item.metric, [&](auto a) {
         using A = decltype(a);
-        const float* x = words_of_row<A>(beats.s.query, query, ws.floats(kLine, padded(beats.s.query.dim)));
+        const float* x = words_of_row<A>(beats.s.query, query, ws.floats(kRow, padded(beats.s.query.dim)));
         exact_scores<A>(beats.s, beats.item.metric, x, beats.s.query_factor[query], &id, 1, score, ws);
       });
     }
-    strip.settle(lane, beats.low[k], beats.high[k], standing(score[0], id));
+    strip.recount(lane, beats.low[k], beats.high[k], code_of(score[0], id));
   }
 };
 
 #endif
+
+constexpr int kMinBoundQueries = 2 * L;  // for fewer, quantising the keys costs more than the quicker products give
 
 template <class A>
 void beats_with(const BeatsItem& item, Workspace& ws) {
   Beats beats(item, ws);
   int64_t begin = item.begin;
 #ifdef FASTCOMPAT_SCREEN
-  if (A::PACK == 1 && item.n_queries > 2 * L && item.segment->scale > 0) {
+  if (A::PACK == 1 && item.n_queries > kMinBoundQueries && item.segment->scale > 0) {
     [[maybe_unused]] const Screen::Scope scope;
-    Bracketed scorer(beats, ws);
+    BoundScorer scorer(beats, ws);
     begin = beats.walk(scorer, begin);
   }
 #endif
   if (begin >= item.end) return;
-  Scored<A> scorer(beats, ws);
+  ExactScorer<A> scorer(beats, ws);
   beats.walk(scorer, begin);
 }
 
 // ---- scores of chosen pairs ----
 
 template <class A>
-void pairs_with(const PairItem& item, Workspace& ws) {
+void pair_scores_with(const PairItem& item, Workspace& ws) {
   const SearchSegment& s = *item.segment;
-  float* line = ws.floats(kLine, padded(s.query.dim));
+  float* line = ws.floats(kRow, padded(s.query.dim));
   for (int64_t q = item.first_query; q < item.first_query + item.n_queries; ++q) {
     const float* x = words_of_row<A>(s.query, q, line);
     const int64_t* ids = item.ids + q * item.targets;

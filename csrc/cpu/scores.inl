@@ -6,13 +6,15 @@
 // One score, one arithmetic: score_tile and exact_scores add up a pair's terms in one order. l2 is never taken from
 // |q|^2 + |k|^2 - 2<q, k>, which loses the distance of vectors that are long and near each other.
 // Rows of extreme norms, whose products no float holds, are multiplied by a power of two first (lift_of): exactly.
+#pragma once
+#include "metric.h"
+#include "tile.inl"
 
 namespace {
 
 // Squared differences instead of products.
 struct Difference {
   static constexpr int PACK = 1, STEP = 1;
-  struct Scope {};
   static F step(F acc, const float* a, F b) { return step(acc, Simd::set1(*a), b); }
   static F step(F acc, F a, F b) {
     const F t = Simd::sub(b, a);
@@ -24,18 +26,18 @@ constexpr bool kDifferences = false;
 template <>
 constexpr bool kDifferences<Difference> = true;
 
-// Calls fn(A{}) with the arithmetic of scores for this matrix. Processors with AMX multiply fp32 faster than bf16
-// pairs.
+// Calls fn(A{}) with the arithmetic of scores for this matrix. Processors with AMX multiply fp32 faster than bf16.
 template <class Fn>
 inline auto with_search_arithmetic([[maybe_unused]] const Matrix& m, Metric metric, Fn&& fn) {
-  if (metric == Metric::l2) return fn(Difference{});
+  if (form_of(metric).differences) return fn(Difference{});
 #if defined(FASTCOMPAT_BF16) && !defined(FASTCOMPAT_AMX)
   if (m.dtype == DType::bf16) return fn(Bf16{});
 #endif
   return fn(Fp32{});
 }
 
-// A squared norm that float arithmetic can be trusted with.
+// A squared norm that float arithmetic can be trusted with: it did not overflow, and squares that underflow (below
+// 2^-126, about 1e-38 each) are nothing beside it.
 inline bool ordinary(float squared) { return squared > 1e-30f && squared < 1e37f; }
 
 // Squared norm of a row, +inf or NaN when the row is not finite. In double where float could overflow or underflow.
@@ -62,41 +64,44 @@ constexpr double kLeast = 1e-12, kMost = 1e12;  // norms between these can neith
 inline bool extreme(double squared) { return squared != 0 && !(squared > kLeast * kLeast && squared < kMost * kMost); }
 
 // The power of two that makes an extreme norm ordinary: near 1 with cosine, towards its square root with ip, so that
-// neither the sum nor what undoes this, a row at a time, passes the range of floats where the score does not.
+// neither the sum nor what undoes this, a row at a time, passes the range of floats where the score does not. The
+// exponent of a double is 11 bits from bit 52 on, biased by 1023; half of it is the norm's. A lift of
+// 2^120 or 2^-120 and its inverse are ordinary floats; a norm of 2^38 or 2^-38 is no longer extreme.
 inline float lift_of(Metric metric, double squared) {
   if (!extreme(squared) || !is_finite(squared)) return 1;
   uint64_t bits;
   std::memcpy(&bits, &squared, sizeof bits);
   const int norm = (static_cast<int>(bits >> 52) - 1023) >> 1;
   const auto within = [](int x, int limit) { return x < -limit ? -limit : x > limit ? limit : x; };
-  const int up = metric == Metric::ip ? within(norm / 2, 38) - norm : within(-norm, 120);
+  const int up = form_of(metric).normalised ? within(-norm, 120) : within(norm / 2, 38) - norm;
   return float_from_bits(static_cast<uint32_t>(up + 127) << 23);
 }
 
-// What a row brings to its scores: the row is multiplied by `lift` first, the sum by `multiply`.
+// What a row contributes to its scores: the row is multiplied by `lift` first, the sum by `multiply`.
 struct RowFactor {
   float lift, multiply;
 
   RowFactor(Metric metric, double squared, bool key) : lift(1), multiply(key ? -1.0f : 1.0f) {
-    if (metric == Metric::l2) return;
+    const MetricForm form = form_of(metric);
+    if (form.differences) return;
     lift = lift_of(metric, squared);
     multiply = 1 / lift;
-    if (metric == Metric::ip) return;
+    if (!form.normalised) return;
     const double lifted = squared * (static_cast<double>(lift) * lift);
     multiply = lifted > 0 ? static_cast<float>(1 / __builtin_sqrt(lifted)) : 0.0f;
   }
 };
 
-// Multiplies words of a row, floats or pairs of bf16.
+// Multiplies words of a row: one float, or two bf16.
 template <class A>
 inline void lift_words(float* words, int64_t n, float lift) {
   if constexpr (A::PACK == 1) {
     for (int64_t w = 0; w < n; ++w) words[w] *= lift;
   } else {
     for (int64_t w = 0; w < n; ++w) {
-      uint32_t pair = bits_of_float(words[w]);
-      const uint16_t low = float_to_bf16(lift * bf16_to_float(static_cast<uint16_t>(pair)));
-      const uint16_t high = float_to_bf16(lift * bf16_to_float(static_cast<uint16_t>(pair >> 16)));
+      const uint32_t two = bits_of_float(words[w]);
+      const uint16_t low = float_to_bf16(lift * bf16_to_float(static_cast<uint16_t>(two)));
+      const uint16_t high = float_to_bf16(lift * bf16_to_float(static_cast<uint16_t>(two >> 16)));
       words[w] = float_from_bits(static_cast<uint32_t>(high) << 16 | low);
     }
   }
@@ -113,7 +118,7 @@ inline bool all_finite(const Matrix& m, int64_t row) {
 }
 
 int64_t factors(const RowRange& r, Metric metric, float* multiply, float* lift, Workspace& ws) {
-  float* line = ws.floats(kLine, r.matrix.dim);
+  float* line = ws.floats(kRow, r.matrix.dim);
   int64_t bad = -1;
   for (int64_t i = 0; i < r.count; ++i) {
     const double squared = squared_norm(floats_of(r.matrix, r.row(i), line), r.matrix.dim);
@@ -153,8 +158,8 @@ struct PackedQueries {
 
   PackedQueries(const SearchSegment& s, int64_t first, int64_t count, Workspace& ws)
       : strips(static_cast<int>((count + L - 1) / L)), words(words_of<A>(s.query.dim)) {
-    panels = ws.floats(kLanes, strips * words * L);
-    multiply = ws.floats(kState, strips * L);
+    panels = ws.floats(kPanels, strips * words * L);
+    multiply = ws.floats(kQueryFactors, strips * L);
     const RowRange range{s.query, nullptr, first, count};
     for (int t = 0; t < strips; ++t) {
       const int n = static_cast<int>(smaller<int64_t>(count - t * L, L));
@@ -166,7 +171,7 @@ struct PackedQueries {
   const float* panel(int t) const { return panels + t * words * L; }
 };
 
-// A packed block of keys, lifted, and what they bring to their scores.
+// A packed block of keys, lifted, with their factors.
 template <class A>
 struct PackedKeys {
   float multiply[NB];
@@ -174,7 +179,7 @@ struct PackedKeys {
   PackedKeys(const RowRange& keys, Metric metric, int64_t first, int n, float* block, int64_t* bad, Workspace& ws) {
     pack_rows<A>(keys, first, n, block);
     const int64_t dim = keys.matrix.dim, words = words_of<A>(dim);
-    float* line = ws.floats(kLine, dim);
+    float* line = ws.floats(kRow, dim);
     for (int i = 0; i < n; ++i) {
       const int64_t row = keys.row(first + i);
       const double squared = squared_norm(floats_of(keys.matrix, row, line), dim);
@@ -208,13 +213,13 @@ template <class A>
 inline void exact_scores(const SearchSegment& s, Metric metric, const float* query, float factor, const int32_t* ids,
                          int n, float* out, Workspace& ws) {
   const int64_t dim = s.keys.dim, words = words_of<A>(dim), stride = padded(dim);
-  float* lines = ws.floats(kFetched, (W + 1) * stride);
+  float* lines = ws.floats(kGathered, (W + 1) * stride);
   const float* rows[W];
   float multiply[W] = {};
   for (int i = 0; i < n; ++i) {
     float* line = lines + i * stride;
     rows[i] = words_of_row<A>(s.keys, ids[i], line);
-    const bool norm = metric != Metric::l2;
+    const bool norm = !form_of(metric).differences;
     const double squared = norm ? squared_norm(floats_of(s.keys, ids[i], lines + W * stride), dim) : 1.0;
     const RowFactor key(metric, squared, true);
     multiply[i] = key.multiply;
@@ -251,10 +256,11 @@ inline int32_t id_at(const SearchSegment& s, int64_t position) {
   return static_cast<int32_t>(s.rows ? s.rows[position] : position);
 }
 
+// The next smaller float: one less in its bits above 0, one more below; -inf and NaN stay what they are.
 inline float just_below(float x) {
   uint32_t u = bits_of_float(x);
-  if (x != x || u == 0xff800000u) return x;
-  if ((u << 1) == 0) return float_from_bits(0x80000001u);
+  if (x != x || u == 0xff800000u) return x;                // NaN, -inf
+  if ((u << 1) == 0) return float_from_bits(0x80000001u);  // of both zeros: the smallest subnormal, negative
   return float_from_bits(u >> 31 ? u + 1 : u - 1);
 }
 

@@ -7,7 +7,8 @@
 #include <tuple>
 #include <utility>
 
-#include "half.h"
+#include "float_bits.h"
+#include "metric.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -16,8 +17,11 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-constexpr int64_t kFactorRows = 512;
-constexpr int64_t kFewestLanes = 256;          // of a thread, for it to be worth packing all keys
+constexpr int64_t kFactorRows = 512;           // of an item that finds factors
+constexpr double kFactorWork = 16;             // products that cost as much as one number of a row that is read once
+constexpr int64_t kMinSplitRows = 4096;        // keys of an item, for its own packing of the queries to be worth it
+constexpr int64_t kMinCapacity = 16;           // of a list of candidates: so small that a few ties would fill it
+constexpr int64_t kMinLanes = 256;             // of a thread, for it to be worth packing all keys
 constexpr int64_t kBufferBytes = 16ll << 20;   // candidates of one thread
 constexpr int64_t kCachedBytes = 256ll << 10;  // queries that a core's cache holds beside a block of keys
 
@@ -49,7 +53,7 @@ struct Factors {
       : multiply(static_cast<size_t>(rows.count)), lift(static_cast<size_t>(rows.count)) {
     const int64_t parts = (rows.count + kFactorRows - 1) / kFactorRows;
     std::atomic<int64_t> bad{kNone};
-    parallel_for(parts, threads_for(threads, 16, rows.count, rows.matrix.dim), [&](int64_t n, Workspace& ws) {
+    parallel_for(parts, threads_for(threads, kFactorWork, rows.count, rows.matrix.dim), [&](int64_t n, Workspace& ws) {
       const int64_t first = n * kFactorRows;
       RowRange part = rows;
       part.first += first;
@@ -65,8 +69,9 @@ struct Factors {
 };
 
 // Near the mean of the keys, by a sample: what l2 is screened around. Any vector would do.
+constexpr int64_t kCentreRows = 256;  // at most, and at most one row of 64: the sample must cost next to nothing
 std::vector<float> centre_of(const Segment& s) {
-  const int64_t dim = s.keys.dim, n = std::clamp<int64_t>(s.count / 64, std::min<int64_t>(1, s.count), 256);
+  const int64_t dim = s.keys.dim, n = std::clamp<int64_t>(s.count / 64, std::min<int64_t>(1, s.count), kCentreRows);
   std::vector<double> sum(static_cast<size_t>(dim));
   std::vector<float> row(static_cast<size_t>(dim)), centre(static_cast<size_t>(dim));
   for (int64_t i = 0; i < n; ++i) {
@@ -83,7 +88,7 @@ std::vector<float> centre_of(const Segment& s) {
 
 // Numbers before the blocks of a packed copy: its centre.
 int64_t packed_centre(const Matrix& keys, Metric metric) {
-  return metric == Metric::l2 ? (keys.dim + 15) / 16 * 16 : 0;
+  return form_of(metric).differences ? (keys.dim + kCacheLineFloats - 1) / kCacheLineFloats * kCacheLineFloats : 0;
 }
 
 // A segment with its queries' factors; those of the keys are found while they are packed.
@@ -106,7 +111,7 @@ struct Prepared {
       }
       segment.query = {lifted.data(), q.dtype, q.rows, q.dim, q.dim};
     }
-    if (metric != Metric::l2) return;
+    if (!form_of(metric).differences) return;
     if (s.packed) {
       segment.centre = s.packed;
       segment.packed += packed_centre(s.keys, metric);
@@ -140,16 +145,16 @@ struct Search {
       dim = std::max(dim, s.query.dim);
     }
     const int workers = threads_for(threads, B, total, dim);
-    const int64_t wanted = std::min(k, total), capacity = std::max<int64_t>(2 * wanted, 16);
+    const int64_t wanted = std::min(k, total), capacity = std::max(2 * wanted, kMinCapacity);
     const int64_t fits = kBufferBytes / (capacity * static_cast<int64_t>(sizeof(Candidate)));
     // Every thread gets a block where there are queries enough, else a part of the keys.
-    const int64_t share = std::max(kFewestLanes, ((B + workers - 1) / workers + kStep - 1) / kStep * kStep);
+    const int64_t share = std::max(kMinLanes, ((B + workers - 1) / workers + kStep - 1) / kStep * kStep);
     const int64_t lane_bytes = std::max<int64_t>(1, (kernel.packed_floats(parts[0].keys, metric) ? 2 : 4) * dim);
     const int64_t cached = std::max<int64_t>(512, kCachedBytes / lane_bytes);
     const int64_t block = block_of(B, lane_bytes, std::min({fits, share, cached}));
     // The best k are the same however the keys are cut, so here the threads may decide: every cut costs survivors.
     const int64_t items = (B + block - 1) / block % workers == 0 ? 1 : 2 * workers;
-    const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), 4096, items);
+    const Plan plan(B, total, block, B * wanted * static_cast<int64_t>(sizeof(Candidate)), kMinSplitRows, items);
     std::vector<Candidate> candidates(plan.splits * B * wanted);
     std::vector<int64_t> found(plan.splits * B);
     std::vector<float> shared(floor, floor + B);
@@ -167,8 +172,8 @@ struct Search {
       item.capacity = capacity;
       item.filter = filter;
       item.bad = bad;
-      item.room = capacity + 16;
-      item.scores = ws.floats(Workspace::kCandidates, 2 * item.n_queries * item.room);
+      item.room = capacity + kCacheLineFloats;
+      item.scores = ws.floats(kCandidates, 2 * item.n_queries * item.room);
       item.ids = reinterpret_cast<int32_t*>(item.scores + item.n_queries * item.room);
       item.found = found.data() + split * B + first;
       item.shared = shared.data() + first;
@@ -178,7 +183,7 @@ struct Search {
           candidates[(split * B + first + q) * wanted + c] = {item.scores[q * item.room + c],
                                                               item.ids[q * item.room + c]};
     });
-    constexpr int64_t kRows = 16;
+    constexpr int64_t kRows = 16;  // queries that a thread merges at a time
     parallel_for((B + kRows - 1) / kRows, workers, [&](int64_t n, Workspace&) {
       std::vector<Candidate> all;
       for (int64_t i = n * kRows; i < std::min(B, (n + 1) * kRows); ++i) {
@@ -215,6 +220,7 @@ std::vector<float> expected_floor(const std::vector<SearchSegment>& parts, int64
     const SearchSegment& s = parts[n];
     for (int64_t from = 0; from + kStride <= s.count; from += kStride) {
       // Anywhere in its stretch: keys may come in an order that repeats.
+      // Fibonacci hashing: the upper half of a multiple of 2^64 / the golden ratio.
       const uint64_t mixed = static_cast<uint64_t>(from + 1) * 0x9E3779B97F4A7C15u >> 32;
       const int64_t at = from + static_cast<int64_t>(mixed % kStride);
       rows[n].push_back(s.rows ? s.rows[at] : at);
@@ -225,9 +231,11 @@ std::vector<float> expected_floor(const std::vector<SearchSegment>& parts, int64
     total += s.count;
     sampled += sample[n].count;
   }
+  // Poisson(mean) of the best k keys are in the sample. It is skewed, most of all where the mean is small, so four
+  // standard deviations get 2.5 on top: `rank` or more of them are in it for at most 5 queries in 100,000.
   const double mean = static_cast<double>(k) / kStride;
   const int64_t rank = static_cast<int64_t>(mean + 4 * std::sqrt(mean) + 2.5) + 1;
-  if (k == 0 || total < 32 * k || sampled < 4 * rank) return floor;
+  if (k == 0 || total < kKeysPerResult * k || sampled < 4 * rank) return floor;
   std::vector<int64_t> bad(parts.size(), kNone), ids(B * rank);
   std::vector<float> scores(B * rank);
   Search{sample, metric, filter, bad.data(), threads}.best(0, B, rank, floor.data(), scores.data(), ids.data());
@@ -273,13 +281,13 @@ void pack(const Segment& s, Metric metric, float* out, int threads) {
   const Kernels& kernel = kernels();
   const int64_t rows = 4 * kernel.pack_rows, floats = 4 * kernel.packed_floats(s.keys, metric);
   const float* centre = out;
-  if (metric == Metric::l2) {
+  if (form_of(metric).differences) {
     const std::vector<float> found = centre_of(s);
-    std::copy(found.begin(), found.end(), out);
+    std::fill(std::copy(found.begin(), found.end(), out), out + packed_centre(s.keys, metric), 0.0f);
     out += packed_centre(s.keys, metric);
   }
   std::vector<int64_t> bad(1, kNone);
-  parallel_for((s.count + rows - 1) / rows, threads_for(threads, 16, s.count, s.keys.dim),
+  parallel_for((s.count + rows - 1) / rows, threads_for(threads, kFactorWork, s.count, s.keys.dim),
                [&](int64_t n, Workspace& ws) {
                  kernel.pack({{s.keys, s.rows, 0, s.count},
                               metric,
@@ -346,21 +354,21 @@ void pair_scores(const Segment& s, Metric metric, const int64_t* ids, int64_t ta
 
 // The thresholds of every query in ascending order: how good a key must be to beat them.
 struct SortedThresholds {
-  std::vector<int64_t> standings;  // [B, P], INT64_MAX for what nothing beats: padding, and scores that are NaN
-  std::vector<int32_t> columns;    // [B, P] where each stood
+  std::vector<int64_t> codes;    // [B, P], INT64_MAX for what nothing beats: padding, and scores that are NaN
+  std::vector<int32_t> columns;  // [B, P] where each stood
 
   SortedThresholds(const float* scores, const int64_t* ids, int64_t B, int64_t P, int threads)
-      : standings(B * P), columns(B * P) {
+      : codes(B * P), columns(B * P) {
     parallel_for(B, threads_for(threads, B, P, 64), [&](int64_t i, Workspace&) {
       std::vector<std::pair<int64_t, int32_t>> row(P);
       for (int64_t p = 0; p < P; ++p) {
         const float score = scores[i * P + p];
         const int64_t id = ids[i * P + p];
         const bool real = id >= 0 && !std::isnan(score);
-        row[p] = {real ? standing_of(score, static_cast<int32_t>(id)) : kNone, static_cast<int32_t>(p)};
+        row[p] = {real ? rank_code(score, static_cast<int32_t>(id)) : kNone, static_cast<int32_t>(p)};
       }
       std::sort(row.begin(), row.end());
-      for (int64_t p = 0; p < P; ++p) std::tie(standings[i * P + p], columns[i * P + p]) = row[p];
+      for (int64_t p = 0; p < P; ++p) std::tie(codes[i * P + p], columns[i * P + p]) = row[p];
     });
   }
 };
@@ -377,7 +385,7 @@ void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
   const SortedThresholds sorted(thresholds, threshold_ids, B, targets, threads);
   // Sums of whole numbers are the same however the keys are cut, so here the threads may decide.
   const int64_t lane_bytes = 4 * s.query.dim + 16 * targets;  // vectors, thresholds and counts
-  const Plan plan(B, s.count, block_of(B, lane_bytes), 1, 4096, threads == 1 ? 1 : 4 * threads);
+  const Plan plan(B, s.count, block_of(B, lane_bytes), 1, kMinSplitRows, threads == 1 ? 1 : 4 * threads);
   std::vector<int64_t> bad(1, kNone);
   parallel_for(plan.items(), threads_for(threads, B, s.count, s.query.dim), [&](int64_t n, Workspace& ws) {
     const int64_t split = n % plan.splits, first = n / plan.splits * plan.block;
@@ -389,7 +397,7 @@ void count_beats(const Segment& s, Metric metric, const int64_t* bounds, int64_t
                    std::min((split + 1) * plan.rows, s.count),
                    bounds,
                    blocks,
-                   sorted.standings.data(),
+                   sorted.codes.data(),
                    sorted.columns.data(),
                    targets,
                    exclude,

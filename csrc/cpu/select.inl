@@ -1,12 +1,9 @@
 // Keeps the best k of n candidates (score down, then id up) in their order: bisects the k-th best score, counting with
 // vectors, instead of moving elements about.
+#pragma once
+#include "tile.inl"
 
 namespace {
-
-// Undoes order_of.
-inline float float_of(int32_t order) {
-  return float_from_bits(order < 0 ? 0x80000000u - static_cast<uint32_t>(order) : static_cast<uint32_t>(order));
-}
 
 // How many scores are above `limit`. Room for W more scores is read and must hold -inf.
 inline int64_t count_above(const float* scores, int64_t n, float limit) {
@@ -37,7 +34,7 @@ inline float most_of(const float* x, int64_t n) {
   return lanes[0];
 }
 
-// The largest id that a tie at `score` may have if `room` ties are kept.
+// The largest id that a tie at `score` may have if `room` ties stay.
 inline int32_t last_tie(const float* scores, const int32_t* ids, int64_t n, float score, int64_t room) {
   int64_t low = -1, high = 0x7fffffff;  // at most `low`: too few; at most `high`: enough
   while (high - low > 1) {
@@ -49,9 +46,9 @@ inline int32_t last_tie(const float* scores, const int32_t* ids, int64_t n, floa
   return static_cast<int32_t>(high);
 }
 
-// Where the best k of n end: exactly k are above the bar, or (not `above`) the bar is the k-th best score.
+// Where the best k of n end: exactly k are above the value, or (not `above`) the value is the k-th best score.
 struct Cut {
-  float bar;
+  float value;
   bool above;
 };
 
@@ -63,26 +60,26 @@ inline Cut kth_best(float* scores, int64_t n, int64_t k) {
           above = -1;
   while (high - low > 1 && above != k) {
     const int64_t middle = low + (high - low) / 2;
-    above = count_above(scores, n, float_of(static_cast<int32_t>(middle)));
+    above = count_above(scores, n, value_of(static_cast<int32_t>(middle)));
     (above >= k ? low : high) = middle;
   }
-  const float bar = float_of(static_cast<int32_t>(above == k ? low : high));
-  return {bar, above == k};
+  const float value = value_of(static_cast<int32_t>(above == k ? low : high));
+  return {value, above == k};
 }
 
 // Returns the k-th best score.
 inline float keep_best(float* scores, int32_t* ids, int64_t n, int64_t k) {
   const Cut cut = kth_best(scores, n, k);
-  const int32_t tie = cut.above ? -1 : last_tie(scores, ids, n, cut.bar, k - count_above(scores, n, cut.bar));
-  int64_t kept = 0;
+  const int32_t tie = cut.above ? -1 : last_tie(scores, ids, n, cut.value, k - count_above(scores, n, cut.value));
+  int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float score = scores[i];
     const int32_t id = ids[i];
-    scores[kept] = score;
-    ids[kept] = id;
-    kept += score > cut.bar || (score == cut.bar && id <= tie);
+    scores[count] = score;
+    ids[count] = id;
+    count += score > cut.value || (score == cut.value && id <= tie);
   }
-  return cut.above ? least_of(scores, k) : cut.bar;
+  return cut.above ? least_of(scores, k) : cut.value;
 }
 
 }  // namespace

@@ -29,10 +29,11 @@ struct Simd {
   static F max(F a, F b) { return _mm256_max_ps(a, b); }  // b when either is NaN
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F sqrt(F a) { return _mm256_sqrt_ps(a); }
-  // x within what exponentials tell apart, NaN kept: e^-87.5 < 2^-126 < 2^128 < e^88.8.
+  // x within what exponentials tell apart, NaN stays NaN: e^-87.5 < 2^-126 < 2^128 < e^88.8.
   static F exponent_range(F x) { return max(set1(-87.5f), min(set1(88.8f), x)); }
   static F floor(F t) { return _mm256_floor_ps(t); }
-  // p * 2^n for whole n from -127 to 128: infinite at 128, 0 at -127 (no subnormals: they are slow).
+  // p * 2^n for whole n from -127 to 128: n + 127 in a float's exponent bits, infinity at 128, 0 at
+  // -127 (no subnormals: they are slow).
   static F times_pow2(F p, F n) {
     return mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), set1(127)), 23)));
   }
@@ -58,6 +59,7 @@ struct Simd {
     }
     return n;
   }
+  // 0x44 takes the lower halves of both operands, 0xee the upper ones.
   // Columns d .. d + W (at most `width` of them, the others zero) of W rows.
   static inline __attribute__((always_inline)) void columns(const float* const (&rows)[W], int64_t d, int width,
                                                             F (&out)[W]) {
@@ -83,7 +85,6 @@ struct Simd {
   static I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static I set1(int32_t a) { return _mm256_set1_epi32(a); }
-  static I count(I n, M m) { return _mm256_sub_epi32(n, _mm256_castps_si256(m)); }
 
   static F load_bf16(const uint16_t* p) {
     I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

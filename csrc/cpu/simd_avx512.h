@@ -27,7 +27,7 @@ struct Simd {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b when either is NaN
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F sqrt(F a) { return _mm512_sqrt_ps(a); }
-  // x within what exponentials tell apart, NaN kept; the lower end is seen to by times_pow2.
+  // x within what exponentials tell apart, NaN stays NaN; the lower end is seen to by times_pow2.
   static F exponent_range(F x) { return min(set1(88.8f), x); }
   static F floor(F t) { return _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   // p * 2^n for whole n: infinite from 128 on, 0 below -126 (no subnormals: they are slow), whatever p is.
@@ -48,6 +48,7 @@ struct Simd {
     _mm512_storeu_si512(numbers, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lane, set1(first))));
     return __builtin_popcount(m);
   }
+  // 0x44 takes the lower halves of both operands, 0xee the upper ones.
   // Columns d .. d + W (at most `width` of them, the others zero) of W rows.
   static inline __attribute__((always_inline)) void columns(const float* const (&rows)[W], int64_t d, int width,
                                                             F (&out)[W]) {
@@ -76,7 +77,6 @@ struct Simd {
   static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
   static I set1(int32_t a) { return _mm512_set1_epi32(a); }
-  static I count(I n, M m) { return _mm512_mask_add_epi32(n, m, n, _mm512_set1_epi32(1)); }
 
   static F load_bf16(const uint16_t* p) {
     I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "half.h"
+#include "float_bits.h"
 
 namespace {
 
@@ -39,13 +39,14 @@ struct Simd {
     for (int i = 0; i < W; ++i) a[i] = __builtin_sqrtf(a[i]);
     return a;
   }
-  // x within what exponentials tell apart, NaN kept: e^-87.5 < 2^-126 < 2^128 < e^88.8.
+  // x within what exponentials tell apart, NaN stays NaN: e^-87.5 < 2^-126 < 2^128 < e^88.8.
   static F exponent_range(F x) { return max(set1(-87.5f), min(set1(88.8f), x)); }
-  static F floor(F t) {  // of |t| < 2^22, which is all that exponentials ask
-    const F magic = set1(12582912.0f), rounded = (t + magic) - magic;
+  static F floor(F t) {  // of |t| < 2^22, all that exponentials ask: beside 1.5 * 2^23 a float has no fraction
+    const F magic = set1(0x1.8p23f), rounded = (t + magic) - magic;
     return rounded > t ? rounded - 1.0f : rounded;
   }
-  // p * 2^n for whole n from -127 to 128: infinite at 128, 0 at -127 (no subnormals: they are slow).
+  // p * 2^n for whole n from -127 to 128: n + 127 in a float's exponent bits, infinity at 128, 0 at
+  // -127 (no subnormals: they are slow).
   static F times_pow2(F p, F n) {
     I e = (__builtin_convertvector(n, I) + 127) << 23;
     F scale;
@@ -83,7 +84,6 @@ struct Simd {
   }
   static void store(int32_t* p, I a) { std::memcpy(p, &a, sizeof a); }
   static I set1(int32_t a) { return I{a, a, a, a}; }
-  static I count(I n, M m) { return n - m; }
 
   static F load_bf16(const uint16_t* p) {
     return F{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};

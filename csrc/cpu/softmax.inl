@@ -1,11 +1,13 @@
 // Softmax statistics: out_i = log sum_j e^z_ij with the mean key in the same pass (flash attention with V = K), and the
 // gradient pass sum_r c_rl row_r with the statistics known. Floor: 4*B*N*D operations a pass at the FMA peak.
-// Fused: scores, bias, label masks, left-out keys, exponentials, the second product. Rows are read once per query
+// Fused: scores, bias, label masks, ignored keys, exponentials, the second product. Rows are read once per query
 // block.
+#pragma once
+#include "tile.inl"
 
 namespace {
 
-constexpr float kLazy = 8.0f;  // the shift follows the maximum only when exponentials could grow past e^8
+constexpr float kLazyRescale = 8.0f;  // the shift follows the maximum only when exponentials could grow past e^8
 
 // Position of the row numbered `id` in a range, or -1.
 inline int64_t position_of(const RowRange& r, int64_t id) {
@@ -28,7 +30,7 @@ inline M is_finite(F a) { return Simd::gt(Simd::set1(kInf), Simd::max(a, Simd::s
 struct StripState {
   float max[L], sum_exp[L], sum_exp_rest[L], sum[L], sum_rest[L], block_max[L];
   int32_t group[L];
-  int64_t hole[2][L];
+  int64_t ignored[2][L];
 };
 
 // a += b with the rounding error carried in rest (Kahan), so that a million blocks add up like one.
@@ -38,7 +40,7 @@ inline void add_compensated(float* total, float* rest, F value) {
   Simd::store(total, t);
 }
 
-// scores -> logits, -inf where a pair is left out.
+// scores -> logits, -inf where a pair is ignored.
 inline void logits_of_block(const ForwardItem& item, const RowRange& keys, int64_t first, int n, StripState& s,
                             float* z) {
   const F scale = Simd::set1(item.scale);
@@ -58,10 +60,10 @@ inline void logits_of_block(const ForwardItem& item, const RowRange& keys, int64
   }
 }
 
-inline void fill_holes(const StripState& s, int64_t first, int n, float* z) {
+inline void mask_ignored(const StripState& s, int64_t first, int n, float* z) {
   for (int h = 0; h < 2; ++h)
     for (int lane = 0; lane < L; ++lane) {
-      const int64_t at = s.hole[h][lane] - first;
+      const int64_t at = s.ignored[h][lane] - first;
       if (at >= 0 && at < n) z[at * L + lane] = -kInf;
     }
 }
@@ -76,7 +78,7 @@ inline void follow_max(StripState& s, const float* z, int n, float* mean, int64_
     F top = Simd::load(z + v * W);
     for (int i = 1; i < n; ++i) top = Simd::max(top, Simd::load(z + i * L + v * W));
     Simd::store(s.block_max + v * W, top);
-    const F limit = Simd::add(Simd::load(s.max + v * W), Simd::set1(kLazy));
+    const F limit = Simd::add(Simd::load(s.max + v * W), Simd::set1(kLazyRescale));
     grew |= Simd::bits(Simd::gt(top, limit)) != 0;
   }
   if (!grew) return;
@@ -110,39 +112,40 @@ inline void exponentials(StripState& s, float* z, int n) {
 }
 
 // Leaves a block's exponentials with the queries of a strip from number `query` on, and the shift they were made with:
-// -inf as long as there was no logit, so that the factor of what is kept is 0 and not infinite.
-inline void keep(const Kept& kept, int64_t block, int64_t query, const StripState& s, const float* z, int n) {
-  static_assert(CHUNK % L == 0, "a strip of queries lies in one chunk");
-  float* out = kept.exps + block * NB * kept.queries + query / CHUNK * NB * CHUNK + query % CHUNK;
+// -inf as long as there was no logit, so that the factor of what is cached is 0 and not infinite.
+inline void cache_block(const CachedProbs& cached, int64_t block, int64_t query, const StripState& s, const float* z,
+                        int n) {
+  static_assert(CHUNK == kProbsChunk && CHUNK % L == 0, "a strip of queries lies in one chunk");
+  float* out = cached.exps + block * NB * cached.queries + query / CHUNK * NB * CHUNK + query % CHUNK;
   for (int i = 0; i < n; ++i)
     for (int v = 0; v < NV; ++v) {
       const F exps = Simd::load(z + i * L + v * W);
-      kept.streamed ? Simd::stream(out + i * CHUNK + v * W, exps) : Simd::store(out + i * CHUNK + v * W, exps);
+      cached.streamed ? Simd::stream(out + i * CHUNK + v * W, exps) : Simd::store(out + i * CHUNK + v * W, exps);
     }
   for (int v = 0; v < NV; ++v) {
     const F max = Simd::load(s.max + v * W), none = Simd::set1(-kInf);
-    Simd::store(kept.shifts + block * kept.queries + query + v * W,
+    Simd::store(cached.shifts + block * cached.queries + query + v * W,
                 Simd::select(Simd::eq(max, none), none, shift_of(max)));
   }
 }
 
 template <class A>
-void forward_block(const ForwardItem& item, int64_t first, int n, const float* rows, const float* pairs,
-                   const float* panel, int64_t query, StripState& s, float* mean, float* z, const Ahead& ahead) {
+void forward_block(const ForwardItem& item, int64_t first, int n, const float* rows, const float* interleaved,
+                   const float* panel, int64_t query, StripState& s, float* mean, float* z, const Prefetch& prefetch) {
   const int64_t dim = item.keys.matrix.dim;
-  score_block<A>(rows, n, panel, words_of<A>(dim), z, ahead);
+  score_block<A>(rows, n, panel, words_of<A>(dim), z, prefetch);
   logits_of_block(item, item.keys, first, n, s, z);
-  fill_holes(s, first, n, z);
+  mask_ignored(s, first, n, z);
   if (item.sum)
     for (int i = 0; i < n; ++i)
       for (int v = 0; v < NV; ++v)
         add_compensated(s.sum + v * W, s.sum_rest + v * W, counted(Simd::load(z + i * L + v * W)));
   follow_max(s, z, n, mean, dim);
   exponentials(s, z, n);
-  if (item.kept.exps) keep(item.kept, first / NB, query, s, z, n);
+  if (item.cached.exps) cache_block(item.cached, first / NB, query, s, z, n);
   if (mean) {
-    pair_weights<A>(z, n);
-    add_weighted<A>(pairs, n, z, dim, mean);
+    interleave_weights<A>(z, n);
+    add_weighted<A>(interleaved, n, z, dim, mean);
   }
 }
 
@@ -152,12 +155,12 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
   const RowRange &query = item.query, &keys = item.keys;
   const int64_t dim = keys.matrix.dim, words = words_of<A>(dim);
   const int strips = static_cast<int>((query.count + L - 1) / L);
-  float* panels = ws.floats(kLanes, strips * words * L);
-  float* rows = ws.floats(kRows, chunks_of(words) * NB * CHUNK);
+  float* panels = ws.floats(kPanels, strips * words * L);
+  float* rows = ws.floats(kBlock, chunks_of(words) * NB * CHUNK);
   float* z = ws.floats(kScores, NB * L);
-  float* means = item.mean ? ws.floats(kOut, strips * padded(dim) * L) : nullptr;
+  float* means = item.mean ? ws.floats(kSums, strips * padded(dim) * L) : nullptr;
   StripState* states = reinterpret_cast<StripState*>(
-      ws.floats(kState, strips * static_cast<int64_t>(sizeof(StripState) / sizeof(float))));
+      ws.floats(kStripStates, strips * static_cast<int64_t>(sizeof(StripState) / sizeof(float))));
 
   for (int t = 0; t < strips; ++t) {
     StripState& s = states[t];
@@ -169,7 +172,7 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
       s.max[lane] = -kInf;
       s.group[lane] = row >= 0 && item.query_group ? item.query_group[row] : -1;
       for (int h = 0; h < 2; ++h)
-        s.hole[h][lane] = row >= 0 && item.left_out[h] ? position_of(keys, item.left_out[h][row]) : -1;
+        s.ignored[h][lane] = row >= 0 && item.ignored[h] ? position_of(keys, item.ignored[h][row]) : -1;
     }
   }
   if (means) std::memset(means, 0, static_cast<size_t>(strips * padded(dim) * L) * sizeof(float));
@@ -177,13 +180,13 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
   for (int64_t first = 0; first < keys.count; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(keys.count - first, NB));
     pack_rows<A>(keys, first, n, rows);
-    const float* pairs = means ? pair_rows<A>(rows, dim, n, ws) : nullptr;
+    const float* interleaved = means ? interleave_rows<A>(rows, dim, n, ws) : nullptr;
     for (int t = 0; t < strips; ++t) {
-      forward_block<A>(item, first, n, rows, pairs, panels + t * words * L, query.first + t * L, states[t],
+      forward_block<A>(item, first, n, rows, interleaved, panels + t * words * L, query.first + t * L, states[t],
                        means ? means + t * padded(dim) * L : nullptr, z, {keys, first + NB, t, strips});
     }
   }
-  if (item.kept.streamed) Simd::end_of_stream();
+  if (item.cached.streamed) Simd::end_of_stream();
 
   for (int t = 0; t < strips; ++t) {
     const float* found = means ? unpack_lanes(means + t * padded(dim) * L, dim, ws) : nullptr;
@@ -200,7 +203,7 @@ void forward_with(const ForwardItem& item, Workspace& ws) {
 
 // ---- gradient pass ----
 
-// What a query brings to its coefficients, for a strip of lanes or for one streamed row.
+// What a query contributes to its coefficients, for a strip of lanes or for one streamed row.
 struct QueryTerms {
   F neg_lse, g_neg, pos_lse, g_pos, g_sum;
 };
@@ -247,7 +250,7 @@ inline void coefficients_of_keys(const GradientItem& item, int64_t first, int n,
   for (int lane = 0; lane < L; ++lane) {
     const int64_t key = lane < lanes ? item.lanes.row(lane0 + lane) : -1;
     if (item.bias && key >= 0) bias[lane] = item.bias[key];
-    group[lane] = key >= 0 && item.key_group ? item.key_group[key] : -2;
+    group[lane] = key >= 0 && item.key_group ? item.key_group[key] : -2;  // equal to no query's
   }
   for (int i = 0; i < n; ++i) {
     const int64_t query = item.rows.row(first + i);
@@ -266,8 +269,8 @@ inline void coefficients_of_keys(const GradientItem& item, int64_t first, int n,
     // A positive given by its index is the whole set, so its softmax is 1.
     const int64_t chosen = item.positive ? position_of(item.lanes, item.positive[query]) - lane0 : -1;
     if (chosen >= 0 && chosen < lanes) z[i * L + chosen] = item.g_pos[query] + item.g_sum[query];
-    const int64_t hole = item.exclude ? position_of(item.lanes, item.exclude[query]) - lane0 : -1;
-    if (hole >= 0 && hole < lanes) z[i * L + hole] = 0;
+    const int64_t excluded = item.exclude ? position_of(item.lanes, item.exclude[query]) - lane0 : -1;
+    if (excluded >= 0 && excluded < lanes) z[i * L + excluded] = 0;
   }
 }
 
@@ -299,22 +302,22 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
   const int64_t dim = lanes.matrix.dim, words = words_of<A>(dim);
   const bool want_sums = item.out || item.out_scaled;
   const int strips = static_cast<int>((lanes.count + L - 1) / L);
-  float* panels = ws.floats(kLanes, strips * words * L);
-  float* rows = ws.floats(kRows, chunks_of(words) * NB * CHUNK);
+  float* panels = ws.floats(kPanels, strips * words * L);
+  float* rows = ws.floats(kBlock, chunks_of(words) * NB * CHUNK);
   float* z = ws.floats(kScores, NB * L);
-  float* sums = ws.floats(kOut, strips * padded(dim) * L);
+  float* sums = ws.floats(kSums, strips * padded(dim) * L);
   std::memset(sums, 0, static_cast<size_t>(strips * padded(dim) * L) * sizeof(float));
   constexpr int64_t kLaneSums = sizeof(LaneSums) / sizeof(float);
-  LaneSums* lane_sums = reinterpret_cast<LaneSums*>(ws.floats(kState, strips * kLaneSums));
+  LaneSums* lane_sums = reinterpret_cast<LaneSums*>(ws.floats(kStripStates, strips * kLaneSums));
   std::memset(lane_sums, 0, static_cast<size_t>(strips) * sizeof(LaneSums));
-  float* products = item.out_dot ? ws.floats(kMisc, NB * L) : nullptr;
+  float* products = item.out_dot ? ws.floats(kProducts, NB * L) : nullptr;
   for (int t = 0; t < strips; ++t)
     pack_lanes<A>(lanes, t * L, static_cast<int>(smaller<int64_t>(lanes.count - t * L, L)), panels + t * words * L, ws);
 
   for (int64_t first = 0; first < streamed.count; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(streamed.count - first, NB));
     pack_rows<A>(streamed, first, n, rows);
-    const float* pairs = want_sums ? pair_rows<A>(rows, dim, n, ws) : nullptr;
+    const float* interleaved = want_sums ? interleave_rows<A>(rows, dim, n, ws) : nullptr;
     for (int t = 0; t < strips; ++t) {
       const int count = static_cast<int>(smaller<int64_t>(lanes.count - t * L, L));
       score_block<A>(rows, n, panels + t * words * L, words, z, {streamed, first + NB, t, strips});
@@ -326,8 +329,8 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
       if (item.out_bias) lane_sums[t].add_bias(z, n);
       if (products) lane_sums[t].add_dots(z, products, n);
       if (want_sums) {
-        pair_weights<A>(z, n);
-        add_weighted<A>(pairs, n, z, dim, sums + t * padded(dim) * L);
+        interleave_weights<A>(z, n);
+        add_weighted<A>(interleaved, n, z, dim, sums + t * padded(dim) * L);
       }
     }
   }

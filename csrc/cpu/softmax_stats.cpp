@@ -4,8 +4,8 @@
 #include <memory>
 #include <utility>
 
-#include "groups.h"
-#include "kept.h"
+#include "label_groups.h"
+#include "cached_probs.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -32,9 +32,9 @@ void for_rows(int64_t count, int threads, Fn&& fn) {
                [&](int64_t n, Workspace&) { fn(n * kRows, std::min(count, (n + 1) * kRows)); });
 }
 
-std::unique_ptr<Groups> groups_of(const SoftmaxProblem& p) {
+std::unique_ptr<LabelGroups> groups_of(const SoftmaxProblem& p) {
   if (!p.query_labels) return nullptr;
-  return std::make_unique<Groups>(p.query_labels, p.query.rows, p.key_labels, p.keys.rows);
+  return std::make_unique<LabelGroups>(p.query_labels, p.query.rows, p.key_labels, p.keys.rows);
 }
 
 // Partial results of all splits, of one kind of statistic.
@@ -51,10 +51,11 @@ float shift_of(float max) { return std::isfinite(max) ? max : 0.0f; }
 // shift says nothing.
 double factor_of(float max, double shift) { return max == -kInf ? 0 : std::exp(shift_of(max) - shift); }
 
-void negatives(const SoftmaxProblem& p, const Groups* groups, const SoftmaxStats& out, const Kept& kept, int threads) {
+void negatives(const SoftmaxProblem& p, const LabelGroups* groups, const SoftmaxStats& out, const CachedProbs& cached,
+               int threads) {
   const Kernels& k = kernels();
   const int64_t B = p.query.rows, N = p.keys.rows, D = p.query.dim;
-  const Plan plan = forward_plan(p, out.mean != nullptr, kept.exps != nullptr);
+  const Plan plan = forward_plan(p, out.mean != nullptr, cached.exps != nullptr);
   Partials part(plan.splits, B, D, out.mean != nullptr);
   threads = threads_for(threads, B, N, D);
   parallel_for(plan.items(), threads, [&](int64_t item, Workspace& ws) {
@@ -69,12 +70,12 @@ void negatives(const SoftmaxProblem& p, const Groups* groups, const SoftmaxStats
       f.query_group = groups->query_group.data();
       f.key_group = groups->key_group.data();
     }
-    f.left_out[0] = p.positive;
-    f.left_out[1] = p.exclude;
+    f.ignored[0] = p.positive;
+    f.ignored[1] = p.exclude;
     f.max = part.max.data() + split * B;
     f.sum_exp = part.sum_exp.data() + split * B;
     if (out.mean) f.mean = split ? part.mean.data() + (split - 1) * B * D : out.mean;
-    if (kept.exps) f.kept = part_of(kept, plan, split);
+    if (cached.exps) f.cached = part_of(cached, plan, split);
     k.forward(f, ws);
   });
   for_rows(B, threads, [&](int64_t first, int64_t last) {
@@ -103,7 +104,7 @@ struct GroupBlock {
   int64_t group, first, count;
 };
 
-std::vector<GroupBlock> group_blocks(const Groups& groups, int64_t block) {
+std::vector<GroupBlock> group_blocks(const LabelGroups& groups, int64_t block) {
   std::vector<GroupBlock> blocks;
   for (int64_t g = 0; g < groups.count; ++g) {
     if (groups.key_start[g] == groups.key_start[g + 1]) continue;
@@ -113,11 +114,11 @@ std::vector<GroupBlock> group_blocks(const Groups& groups, int64_t block) {
   return blocks;
 }
 
-RowRange keys_of(const Groups& groups, int64_t g, const Matrix& keys) {
+RowRange keys_of(const LabelGroups& groups, int64_t g, const Matrix& keys) {
   return {keys, groups.key_rows.data(), groups.key_start[g], groups.key_start[g + 1] - groups.key_start[g]};
 }
 
-void positives_by_label(const SoftmaxProblem& p, const Groups& groups, const SoftmaxStats& out, int threads) {
+void positives_by_label(const SoftmaxProblem& p, const LabelGroups& groups, const SoftmaxStats& out, int threads) {
   const Kernels& k = kernels();
   const int64_t B = p.query.rows;
   std::vector<float> max(B, -kInf), sum_exp(B, 0.0f);
@@ -130,7 +131,7 @@ void positives_by_label(const SoftmaxProblem& p, const Groups& groups, const Sof
     f.keys = keys_of(groups, b.group, p.keys);
     f.scale = p.scale;
     f.bias = p.bias;
-    f.left_out[0] = p.exclude;
+    f.ignored[0] = p.exclude;
     f.max = max.data();
     f.sum_exp = sum_exp.data();
     f.sum = out.pos_sum;
@@ -223,13 +224,13 @@ void check_indices(const SoftmaxProblem& p) {
 }
 
 void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, int threads) {
-  softmax_stats(p, out, Kept{}, threads);
+  softmax_stats(p, out, CachedProbs{}, threads);
 }
 
-void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Kept& kept, int threads) {
+void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const CachedProbs& cached, int threads) {
   check_indices(p);
-  const std::unique_ptr<Groups> groups = groups_of(p);
-  negatives(p, groups.get(), out, kept, threads);
+  const std::unique_ptr<LabelGroups> groups = groups_of(p);
+  negatives(p, groups.get(), out, cached, threads);
   if (p.positive) {
     positives_by_index(p, out, threads_for(threads, p.query.rows, p.keys.rows, p.query.dim));
   } else if (groups) {
@@ -274,7 +275,7 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
     }
   });
   if (!p.positive && p.query_labels && (grads.g_pos || grads.g_sum)) {
-    const std::unique_ptr<Groups> groups = groups_of(p);
+    const std::unique_ptr<LabelGroups> groups = groups_of(p);
     const std::vector<GroupBlock> blocks = group_blocks(*groups, block_of(B, 8 * D));
     parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t n, Workspace& ws) {
       GradientItem item = gradient_item(p, g);
@@ -297,7 +298,7 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
   const Kernels& k = kernels();
   const int64_t B = p.query.rows, N = p.keys.rows, D = p.query.dim;
   const CleanGrads g(grads, B);
-  const std::unique_ptr<Groups> groups = groups_of(p);
+  const std::unique_ptr<LabelGroups> groups = groups_of(p);
   // A split costs another [N, D] of sums, so here few items must do.
   const Plan plan(N, B, block_of(N, 8 * D), N * (dkeys ? D + 1 : 1) * 4, kSmallestPart / 2, kItems / 4);
   const bool split = plan.splits > 1;

@@ -1,11 +1,16 @@
-// The tile engine: packing, the micro-kernel, and tiles of scores. Included once per instruction set, after simd_*.h.
+// The tile engine: packing, the micro-kernel, and tiles of scores. Compiled once per instruction set.
 //
 // Lanes are the stationary side (queries, or keys in the key gradient): L of them side by side in vector lanes, packed
 // as [words][L]. Rows are the streamed side, packed block by block as [chunk][row][64 words], so that a broadcast
-// operand sits at a constant distance. A word is one float, or two bf16 where the instruction set multiplies pairs.
-// Every product of a pair is added in the order of its dimensions, PIECE words at a time, in every tile shape: one
-// pair, one score.
+// operand sits at a constant distance. A word is one float, or two bf16 where the instruction set multiplies two at
+// once. Every product of a pair is added in the order of its dimensions, PIECE words at a time, in every tile shape:
+// one pair, one score.
+#pragma once
+#include <cstring>
+
+#include "float_bits.h"
 #include "kernels.h"
+#include "simd.h"
 
 namespace {
 
@@ -18,7 +23,7 @@ constexpr int W = Simd::W;
 constexpr int NV = 2;                       // vectors of lanes in a strip
 constexpr int L = NV * W;                   // lanes of a strip
 constexpr int MR = Simd::MR;                // rows of a register tile
-constexpr int NB = MR * (MR > 8 ? 8 : 16);  // rows of a packed block, even
+constexpr int NB = MR * (MR > 8 ? 8 : 16);  // rows of a packed block: even, whole tiles, about a hundred (96 or 112)
 constexpr int CHUNK = 64;                   // words of a row that lie together
 constexpr int PIECE = 256;                  // words whose products are summed from zero before they join the others
 
@@ -40,22 +45,6 @@ struct Bf16 {
   static F step(F acc, F a, F b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 };
 #endif
-
-enum Slot {
-  kLanes,
-  kRows,
-  kRowPairs,
-  kScores,
-  kOut,
-  kState,
-  kConvert,
-  kMisc,
-  kLine,
-  kNorms,
-  kScreen,
-  kFetched,
-  kStarts
-};
 
 template <int N>
 struct Int {
@@ -83,7 +72,7 @@ template <class A>
 inline int64_t words_of(int64_t dim) {
   return (dim + A::PACK * A::STEP - 1) / (A::PACK * A::STEP) * A::STEP;
 }
-inline int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
+inline int64_t padded(int64_t dim) { return (dim + kCacheLineFloats - 1) / kCacheLineFloats * kCacheLineFloats; }
 inline int64_t chunks_of(int64_t words) { return (words + CHUNK - 1) / CHUNK; }
 
 // ---- reading and writing rows ----
@@ -152,7 +141,7 @@ inline const float* words_of_row(const Matrix& m, int64_t row, float* line) {
 template <class A>
 void pack_lanes(const RowRange& r, int64_t first, int n, float* panel, Workspace& ws) {
   const int64_t words = words_of<A>(r.matrix.dim);
-  float* lines = ws.floats(kConvert, (W + 1) * words);
+  float* lines = ws.floats(kPackLines, (W + 1) * words);
   float* zeros = lines + W * words;
   std::memset(zeros, 0, static_cast<size_t>(words) * sizeof(float));
   for (int v = 0; v < NV; ++v) {
@@ -170,7 +159,7 @@ void pack_lanes(const RowRange& r, int64_t first, int n, float* panel, Workspace
 
 // Sums [padded(dim)][L] -> a row of padded(dim) numbers for every lane.
 inline const float* unpack_lanes(const float* sums, int64_t dim, Workspace& ws) {
-  float* rows = ws.floats(kLine, L * padded(dim));
+  float* rows = ws.floats(kUnpacked, L * padded(dim));
   for (int64_t d = 0; d < dim; d += W) {
     const float* lines[W];
     for (int i = 0; i < W; ++i) lines[i] = sums + (d + i) * L;
@@ -208,11 +197,12 @@ void pack_rows(const RowRange& r, int64_t first, int n, float* block) {
 inline __attribute__((always_inline)) void prefetch_row(const Matrix& m, int64_t row) {
   const char* data = static_cast<const char*>(row_pointer(m, row));
   const int64_t bytes = m.dim * (m.dtype == DType::f32 ? 4 : 2);
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(data + b, 0, 2);
+  constexpr int64_t kLineBytes = kCacheLineFloats * sizeof(float);
+  for (int64_t b = 0; b < bytes; b += kLineBytes) __builtin_prefetch(data + b, 0, 2);
 }
 
 // The next block, fetched into the cache a little with every tile, so that packing it finds it there.
-struct Ahead {
+struct Prefetch {
   const RowRange& rows;
   int64_t first;
   int strip, strips;
@@ -235,7 +225,8 @@ inline __m512i words_of_two_rows(const float* block, int row, int n, int64_t d) 
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-// 16 x 16 words: rows become columns.
+// 16 x 16 words: rows become columns. Two rounds of unpacking transpose 4 x 4 words within quarters of vectors, two of
+// shuffling bring the quarters into place: 0x88 takes the even ones of both operands, 0xdd the odd ones.
 inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -263,18 +254,18 @@ inline void transpose(__m512i (&r)[16]) {
 
 // The block as the weighted sum wants it: one word per dimension, holding A::PACK rows. fp32: the block itself.
 template <class A>
-const float* pair_rows(const float* block, int64_t dim, int n, Workspace& ws) {
+const float* interleave_rows(const float* block, int64_t dim, int n, Workspace& ws) {
   if constexpr (A::PACK == 1) {
     (void)dim, (void)n, (void)ws;
     return block;
   } else {
 #ifdef FASTCOMPAT_BF16
-    float* pairs = ws.floats(kRowPairs, chunks_of(dim) * (NB / 2) * CHUNK);
+    float* interleaved = ws.floats(kInterleaved, chunks_of(dim) * (NB / 2) * CHUNK);
     for (int i = 0; i < n; i += 2)
       for (int64_t d = 0; d < dim; d += 16)
-        _mm512_storeu_si512(pairs + (d / CHUNK * (NB / 2) + i / 2) * CHUNK + d % CHUNK,
+        _mm512_storeu_si512(interleaved + (d / CHUNK * (NB / 2) + i / 2) * CHUNK + d % CHUNK,
                             words_of_two_rows(block, i, n, d));
-    return pairs;
+    return interleaved;
 #endif
   }
 }
@@ -339,10 +330,11 @@ inline __attribute__((always_inline)) void score_tile(const float* block, int fi
 // scores [n][L] of a whole packed block; meanwhile fetches part t of `strips` of the next one. A piece of a panel stays
 // in the first cache while the rows pass.
 template <class A>
-void score_block(const float* block, int n, const float* panel, int64_t words, float* scores, const Ahead& ahead) {
+void score_block(const float* block, int n, const float* panel, int64_t words, float* scores,
+                 const Prefetch& prefetch) {
   for (int64_t from = 0; from == 0 || from < words; from += PIECE)
     for (int first = 0; first < n; first += MR) {
-      if (from == 0) ahead.fetch(first / MR);
+      if (from == 0) prefetch.fetch(first / MR);
       with_count<MR>(smaller(n - first, MR), [&](auto rows) {
         constexpr int R = decltype(rows)::value;
         float* out = scores + first * L;
@@ -390,7 +382,7 @@ void add_weighted(const float* rows, int n, const float* weights, int64_t dim, f
 
 // weights [n][L] as the product wants them, in place: words of A::PACK rows.
 template <class A>
-void pair_weights(float* weights, int n) {
+void interleave_weights(float* weights, int n) {
   if constexpr (A::PACK == 2) {
 #ifdef FASTCOMPAT_BF16
     for (int i = 0; i < n; i += 2)
@@ -407,7 +399,8 @@ void pair_weights(float* weights, int n) {
   }
 }
 
-// e^x = 2^n e^r, n = floor(x / ln 2), with relative error below 1.2e-7; 0 where it would be subnormal, NaN kept.
+// e^x = 2^n e^r, n = floor(x / ln 2), with relative error below 1.2e-7; 0 where it would be subnormal; NaN stays NaN.
+// Range reduction by Cody and Waite, then a minimax polynomial of e^r on [0, ln 2).
 inline F exp(F x) {
   x = Simd::exponent_range(x);
   const F n = Simd::floor(Simd::mul(x, Simd::set1(0x1.715476p+0f)));

@@ -1,5 +1,8 @@
 // The best k of every query: scores of a tile against a threshold per query; labels and exclusions are looked at for
 // survivors only.
+#pragma once
+#include "screen_quantised.inl"
+#include "screen_streaming.inl"
 
 namespace {
 
@@ -8,7 +11,7 @@ void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, 
                    int64_t* bad, Workspace& ws) {
   const PackedQueries<A> queries(s, item.first_query, item.n_queries, ws);
   const SegmentTerms constant(s);
-  float* block = ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK);
+  float* block = ws.floats(kBlock, chunks_of(queries.words) * NB * CHUNK);
   const RowRange keys{s.keys, s.rows, 0, s.count};
   for (int64_t first = begin; first < end; first += NB) {
     const int n = static_cast<int>(smaller<int64_t>(end - first, NB));
@@ -16,9 +19,9 @@ void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, 
     for (int t = 0; t < queries.strips; ++t) {
       float* threshold = state.threshold + t * L;
       state.refresh(t);
-      const Ahead ahead{keys, first + NB, t, queries.strips};
+      const Prefetch prefetch{keys, first + NB, t, queries.strips};
       for (int from = 0; from < n; from += MR) {
-        ahead.fetch(from / MR);
+        prefetch.fetch(from / MR);
         with_count<MR>(smaller(n - from, MR), [&](auto rows) {
           constexpr int R = decltype(rows)::value;
           F acc[R][NV];
@@ -33,19 +36,19 @@ void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, 
           }
           if (!any) return;
           float scores[R * L + W];
-          int32_t places[R * L + W];
+          int32_t cells[R * L + W];
           int hits = 0;
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
               const M above = Simd::gt(acc[r][v], Simd::load(threshold + v * W));
-              hits += Simd::append(above, acc[r][v], r * L + v * W, scores + hits, places + hits);
+              hits += Simd::append(above, acc[r][v], r * L + v * W, scores + hits, cells + hits);
             }
           for (int h = 0; h < hits; ++h) {
-            const int lane = places[h] % L;
+            const int lane = cells[h] % L;
             if (scores[h] > threshold[lane])  // it may have risen since
-              state.offer(t * L + lane, scores[h], id_at(s, first + from + places[h] / L));
+              state.offer(t * L + lane, scores[h], id_at(s, first + from + cells[h] / L));
           }
         });
       }
@@ -53,15 +56,14 @@ void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, 
   }
 }
 
-// Bounds pay where few of many keys pass.
 inline bool screening_pays(const TopkItem& item, const SearchSegment& s, int64_t keys) {
-  return s.scale > 0 && item.k > 0 && keys >= 32 * item.k;
+  return s.scale > 0 && item.k > 0 && keys >= kKeysPerResult * item.k;
 }
 
-// Floats of a packed block; none where a copy would save less than a quarter of the keys as floats.
+// Floats of a packed block; 0 where a copy would save less than a quarter of the keys as floats.
 int64_t packed_floats([[maybe_unused]] const Matrix& keys, [[maybe_unused]] Metric metric) {
 #ifdef FASTCOMPAT_SCREEN
-  const int64_t row = RoundedBlock::kept_floats(words_of<Screen>(keys.dim));
+  const int64_t row = QuantisedBlock::packed_row_floats(words_of<Screen>(keys.dim));
   return with_search_arithmetic(
       keys, metric, [&](auto a) { return decltype(a)::PACK == 1 && 4 * row <= 3 * keys.dim ? NB * row : int64_t{0}; });
 #else
@@ -71,30 +73,31 @@ int64_t packed_floats([[maybe_unused]] const Matrix& keys, [[maybe_unused]] Metr
 
 void pack_item([[maybe_unused]] const PackItem& item, [[maybe_unused]] Workspace& ws) {
 #ifdef FASTCOMPAT_SCREEN
-  const int64_t words = words_of<Screen>(item.keys.matrix.dim), row = RoundedBlock::kept_floats(words);
-  const RoundedBlock block(ws.floats(kRows, RoundedBlock::floats(words)), words);
-  std::memset(block.rows, 0, static_cast<size_t>(RoundedBlock::floats(words)) * sizeof(float));
+  const int64_t words = words_of<Screen>(item.keys.matrix.dim), row = QuantisedBlock::packed_row_floats(words);
+  const QuantisedBlock block(ws.floats(kBlock, QuantisedBlock::floats(words)), words);
+  std::memset(block.rows, 0, static_cast<size_t>(QuantisedBlock::floats(words)) * sizeof(float));
   float* out = item.out;
   for (int64_t first = item.begin; first < item.end; first += NB, out += NB * row) {
     const int n = static_cast<int>(smaller<int64_t>(item.end - first, NB));
-    RoundedBlock(block).fill(item.keys, item.metric, item.centre, first, n, item.bad, ws);
+    QuantisedBlock(block).fill(item.keys, item.metric, item.centre, first, n, item.bad, ws);
     block.store(out);
   }
 #endif
 }
 
 // The scores of a segment by the quickest way that is exact.
-void search_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, Bounded& candidates,
-                    int64_t* bad, Workspace& ws) {
+void search_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end,
+                    BoundedCandidates& candidates, int64_t* bad, Workspace& ws) {
   with_search_arithmetic(s.keys, item.metric, [&](auto a) {
     using A = decltype(a);
     if (A::PACK == 1 && screening_pays(item, s, end - begin)) {
-      if (item.n_queries <= kFew && !s.packed) return screen_few<A>(item, s, begin, end, candidates, bad, ws);
+      if (item.n_queries <= kStreamingQueries && !s.packed)
+        return screen_streaming<A>(item, s, begin, end, candidates, bad, ws);
 #ifdef FASTCOMPAT_SCREEN
-      return screen_rounded(item, s, begin, end, candidates, bad, ws);
+      return screen_quantised(item, s, begin, end, candidates, bad, ws);
 #endif
     }
-    candidates.settle_all();
+    candidates.rescore_all();
     score_segment<A>(item, s, begin, end, candidates.state, bad, ws);
     for (int64_t q = 0; q < item.n_queries; ++q) candidates.mark_exact(q);
   });
@@ -102,11 +105,11 @@ void search_segment(const TopkItem& item, const SearchSegment& s, int64_t begin,
 
 void topk_item(const TopkItem& item, Workspace& ws) {
   const int64_t lanes = (item.n_queries + L - 1) / L * L;
-  float* threshold = ws.floats(kOut, lanes);
+  float* threshold = ws.floats(kThresholds, lanes);
   for (int64_t q = 0; q < lanes; ++q) threshold[q] = q < item.n_queries && item.k ? -kInf : kInf;
   for (int64_t q = 0; q < item.n_queries; ++q) item.found[q] = 0;
   TopkState state{item, threshold, true};
-  Bounded candidates(state, ws);
+  BoundedCandidates candidates(state, ws);
   int64_t start = 0;
   bool first_touched = true;
   for (int i = 0; i < item.n_segments; ++i) {
@@ -123,7 +126,7 @@ void topk_item(const TopkItem& item, Workspace& ws) {
     first_touched = false;
     search_segment(item, s, begin, end, candidates, item.bad + i, ws);
   }
-  if (item.n_segments > 0) candidates.settle_all();
+  if (item.n_segments > 0) candidates.rescore_all();
 }
 
 }  // namespace

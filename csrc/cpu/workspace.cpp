@@ -10,7 +10,7 @@ namespace fastcompat {
 
 void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
-  constexpr uintptr_t kPage = 2 << 20;
+  constexpr uintptr_t kPage = 2 << 20;  // bytes of a large page on x86-64 and aarch64
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + static_cast<uintptr_t>(bytes);
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
@@ -21,7 +21,7 @@ Workspace::~Workspace() {
   for (void* p : data_) std::free(p);
 }
 
-float* Workspace::floats(int slot, int64_t count) {
+float* Workspace::floats(Slot slot, int64_t count) {
   const int64_t bytes = (count * static_cast<int64_t>(sizeof(float)) + 127) / 64 * 64;
   if (bytes > capacity_[slot]) {
     std::free(data_[slot]);
@@ -35,9 +35,9 @@ float* Workspace::floats(int slot, int64_t count) {
 }
 
 void Workspace::trim() {
-  constexpr int64_t kKept = 1 << 20;
+  constexpr int64_t kRetainedBytes = 1 << 20;
   for (int slot = 0; slot < kSlots; ++slot)
-    if (capacity_[slot] > kKept) {
+    if (capacity_[slot] > kRetainedBytes) {
       std::free(data_[slot]);
       data_[slot] = nullptr;
       capacity_[slot] = 0;

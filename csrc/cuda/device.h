@@ -1,5 +1,5 @@
-// What a kernel's source needs of its compiler: nvcc for the GPU, or a C++ compiler with tests/device/cuda_on_cpu.h,
-// where every CUDA thread is a fiber. Rules that a kernel follows to compile with both: tests/device/README.md.
+// What a kernel's source needs of its compiler: nvcc for the GPU, or a C++ compiler with tests/emulator/cuda_on_cpu.h,
+// where every CUDA thread is a fiber. Rules that a kernel follows to compile with both: tests/emulator/README.md.
 #pragma once
 #ifdef __CUDACC__
 #include <cuda_bf16.h>

@@ -1,4 +1,4 @@
-// Tensor-core and asynchronous-copy instructions of sm_80 and newer: PTX on the GPU, tests/device on the CPU.
+// Tensor-core and asynchronous-copy instructions of sm_80 and newer: PTX on the GPU, tests/emulator on the CPU.
 #pragma once
 #include <type_traits>
 

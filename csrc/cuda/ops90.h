@@ -1,4 +1,4 @@
-// Hopper's instructions (sm_90a): mbarriers, bulk and tensor copies, wgmma. PTX on the GPU, tests/device on the CPU.
+// Hopper's instructions (sm_90a): mbarriers, bulk and tensor copies, wgmma. PTX on the GPU, tests/emulator on the CPU.
 #pragma once
 #include "ops80.h"
 #if CUDA_ON_CPU

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastcompat._files import write_file
-from fastcompat.report import png
+from fastcompat.commands.report import png
 
 from .effects import EFFECTS
 from .losses import TRAINED

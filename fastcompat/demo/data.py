@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import _files
-from .._terminal import shown
+from ..commands.terminal import shown
 
 SIZE = 28  # pixels; images from a folder or zip are resized to SIZE x SIZE
 MANY_CLASSES = 30  # from here on the models are judged on classes never trained on

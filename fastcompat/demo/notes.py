@@ -6,7 +6,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from fastcompat import report
+from fastcompat.commands import report
 from fastcompat.demo.data import DIGITS
 from fastcompat.demo.upgrade import Upgrade
 
@@ -31,7 +31,7 @@ def table(found: Upgrade) -> list[tuple[str, ...]]:
     rows = [HEADER, ("old", f"{found.old.map:.3f}", f"{found.old.top1:.3f}", *["-"] * 8, "1 model")]
     for new in found.candidates:
         flips, cross = new.curve.negative_flips, new.cross_test
-        # Between unrelated spaces the cross test says nothing: it stands in brackets.
+        # Between unrelated spaces the cross test says nothing: it is shown in brackets.
         mark = "({:.3f})" if new.both else "{:.3f}"
         rows.append(
             (

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastcompat as fc
-from fastcompat.backfill import BackfillCurve
 from fastcompat.demo import train
 from fastcompat.demo.data import DIGITS, ImageSet, Split, describe, split
 from fastcompat.demo.train import Recipe, build, embed, fit
+from fastcompat.judging.curve import BackfillCurve
 
 STATES = 22
 
@@ -41,7 +41,7 @@ class Candidate:
     self_test: Score
     cross_test: Score
     gain: float
-    curve: BackfillCurve
+    curve: BackfillCurve[Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _run(data: ImageSet, parts: Split, seed: int, recipe: Recipe) -> Upgrade:
     old_score = judge(query_old, gallery_old)
     candidates: list[Candidate] = []
     for name, compatible in losses.items():
-        # Same seed for all: they differ in the loss alone. Not the old model's: equal initial heads would
+        # Same seed for all: they differ only in the loss. Not the old model's: equal initial heads would
         # align an "independent" model with the old one.
         new = _network(images[0], recipe.new_widths, recipe, seed + 1)
         fit(

@@ -7,10 +7,9 @@ they do not, "reference" is plain PyTorch.
 """
 
 from .classes import bct_loss, margin_softmax_loss, prototype_loss
-from .engine import Array as Array
+from .embeddings import contrastive_loss, metric_compatible_loss, ract_loss, simclr_loss
 from .engine import ranks, softmax_stats, topk
-from .pairs import contrastive_loss, metric_compatible_loss, ract_loss, simclr_loss
-from .transforms import fastfill_loss, fct_loss
+from .regression import fastfill_loss, fct_loss
 
 __all__ = [
     "bct_loss",

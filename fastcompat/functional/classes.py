@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import _checks
-from .. import _loss_parts as parts
-from ..reference import SoftmaxProblem
+from .._normalise import common_dtype, matched, normalised, paired_products
+from .._types import Backend, Reduction, SoftmaxProblem
+from . import parts
 from .engine import contrastive, row_stats
 
 
@@ -21,8 +23,8 @@ def bct_loss(
     *,
     scale: float | Tensor | None = None,
     eps: float | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The influence loss of backward-compatible training: new features judged by the old classifier.
 
@@ -33,14 +35,14 @@ def bct_loss(
 
     Args:
         new: [B, D_new].
-        labels: int64 [B]; a row with label < 0 or >= C_old takes no part (a class the old model never saw).
+        labels: int64 [B]; a row with label < 0 or >= C_old is ignored (a class the old model never saw).
         old_weight: [C_old, D_old], frozen: it never gets a gradient.
         old_bias: [C_old], frozen.
         scale: None for the plain linear classifier, else the scale of a cosine classifier (a float or 0-dim
             tensor).
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).
-        reduction: "mean" over the rows that take part, "sum", or "none" (the other rows give 0).
+        reduction: "mean" or "sum" over the rows that are not ignored, or "none" (an ignored row gives 0).
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -57,18 +59,18 @@ def bct_loss(
     weight = old_weight.detach()
     shared = min(new.shape[1], weight.shape[1])
     features = new[:, :shared]
-    dtype = parts.common_dtype(features, weight)
+    dtype = common_dtype(features, weight)
     if scale is None:
         scale = 1.0
     else:
         scale = _checks.scalar("scale", scale, "new", new)
-        weight, features = parts.normalised(weight, eps), parts.normalised(features, eps)
+        weight, features = normalised(weight, eps), normalised(features, eps)
     features, weight = features.to(dtype), weight[:, :shared].to(dtype)
     bias = parts.frozen_bias("old_bias", old_bias, "old_weight", weight)
     _checks.warn_negative_labels("labels", labels)
     known = (labels >= 0) & (labels < weight.shape[0])
     target = torch.where(known, labels, -1)
-    native = _checks.takes_native(backend, features)
+    native = _checks.use_native(backend, features)
     problem = SoftmaxProblem(features, weight, scale, bias, positive=target)
     return contrastive(native, problem, "sum_in_log", reduction)
 
@@ -83,8 +85,8 @@ def prototype_loss(
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
     eps: float | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """New features pulled to the old model's class prototypes, or to perturbed ones that lie further apart.
 
@@ -101,14 +103,14 @@ def prototype_loss(
     Args:
         features: [B, D], the new model's embeddings.
         prototypes: [C, D], frozen: they never get a gradient.
-        labels: int64 [B] below C; a row with a negative label takes no part.
+        labels: int64 [B] below C; a row with a negative label is ignored.
         perturbed: [C, D], frozen; default: `prototypes`.
         perturb_negatives: use `perturbed` for the other classes as well.
-        temperature: above 0; a float or a 0-dim tensor that may want a gradient.
+        temperature: above 0; a float or a 0-dim tensor that may require grad.
         normalize: L2-normalise features and prototypes first.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).
-        reduction: "mean" over the rows that take part, "sum", or "none" (the other rows give 0).
+        reduction: "mean" or "sum" over the rows that are not ignored, or "none" (an ignored row gives 0).
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -130,15 +132,13 @@ def prototype_loss(
     scale = parts.inverse_temperature(temperature, "features", features)
     target = parts.class_targets(labels, prototypes.shape[0])
     columns = (perturbed if perturb_negatives else prototypes).detach()
-    query, keys = parts.matched(features, columns, normalize, eps)
-    native = _checks.takes_native(backend, query)
+    query, keys = matched(features, columns, normalize, eps)
+    native = _checks.use_native(backend, query)
     problem = SoftmaxProblem(query, keys, scale, positive=target)
     if perturbed is prototypes or perturb_negatives:
         return contrastive(native, problem, "sum_in_log", reduction)
     neg = row_stats(native, problem).neg_lse
-    pos = scale * parts.paired_products(
-        features, parts.class_rows(perturbed.detach(), target), normalize, eps
-    )
+    pos = scale * paired_products(features, parts.class_rows(perturbed.detach(), target), normalize, eps)
     return parts.reduced(parts.log_odds_loss(neg, pos), target >= 0, reduction)
 
 
@@ -147,12 +147,12 @@ def margin_softmax_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    kind: str = "arcface",
+    kind: Literal["arcface", "cosface"] = "arcface",
     scale: float | Tensor = 30.0,
     margin: float = 0.3,
     eps: float | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cosine softmax with a margin on the true class, without the [B, C] logits: 10^5 classes and more fit.
 
@@ -170,13 +170,13 @@ def margin_softmax_loss(
     Args:
         features: [B, D].
         weight: [C, D], one row per class; gets a gradient if it requires one.
-        labels: int64 [B] below C; a row with a negative label takes no part.
+        labels: int64 [B] below C; a row with a negative label is ignored.
         kind: "arcface" or "cosface".
-        scale: a float above 0 or a 0-dim tensor that may want a gradient.
+        scale: a float above 0 or a 0-dim tensor that may require grad.
         margin: for "arcface" an angle in radians, 0 to pi; for "cosface" a difference of cosines.
         eps: a row shorter than this is divided by it instead of by its norm; default: 1e-12, for float16 1e-3
             (the gradient of a zero row is divided by it too, and has to stay within float16).
-        reduction: "mean" over the rows that take part, "sum", or "none" (the other rows give 0).
+        reduction: "mean" or "sum" over the rows that are not ignored, or "none" (an ignored row gives 0).
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -194,8 +194,8 @@ def margin_softmax_loss(
     if kind == "arcface" and not 0 <= margin <= math.pi:
         raise ValueError(f"`margin` must be an angle of 0 to pi radians: got {margin}")
     target = parts.class_targets(labels, weight.shape[0])
-    query, keys = parts.matched(features, weight, True, eps)
-    native = _checks.takes_native(backend, query)
+    query, keys = matched(features, weight, True, eps)
+    native = _checks.use_native(backend, query)
     stats = row_stats(native, SoftmaxProblem(query, keys, scale, positive=target))
     cosine = stats.pos_sum / scale  # [B], 0 where there is no positive
     lowered = _arcface(cosine, margin) if kind == "arcface" else cosine - margin

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _autograd, _checks, _inputs, _promoted, _search, reference
-from .. import _loss_parts as parts
-from ..reference import Segment, SoftmaxProblem, SoftmaxStats
-
-Array = TypeVar("Array", Tensor, np.ndarray)
+from .._normalise import matched, normalised
+from .._types import Array, ArrayLike, Backend, Metric, Segment, SoftmaxProblem, SoftmaxStats
+from . import parts
 
 
 def softmax_stats(
@@ -25,7 +21,7 @@ def softmax_stats(
     key_labels: Tensor | None = None,
     positive: Tensor | None = None,
     exclude: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> SoftmaxStats:
     """Row statistics of `z_ij = scale * <query_i, keys_j> + bias_j` without ever storing the logits.
 
@@ -37,7 +33,7 @@ def softmax_stats(
     Args:
         query: [B, D].
         keys: [N, D]; mixed dtypes are promoted.
-        scale: a float or a 0-dim tensor that may want a gradient.
+        scale: a float or a 0-dim tensor that may require grad.
         bias: float32 [N]; a key of bias -inf is in no set (padding). Logits must be finite in float32:
             beyond 1e38 (on GPUs) or 3.4e38 they act as infinities, with NaN gradients as in torch.
         query_labels: int64 [B], together with `key_labels`.
@@ -56,31 +52,31 @@ def softmax_stats(
         RuntimeError: native kernels under torch.func transforms, or differentiated twice.
     """
     _checks.embeddings("keys", keys, "query", query)
-    query, keys = parts.matched(query, keys, False)
+    query, keys = matched(query, keys, False)
     scale = _checks.scalar("scale", scale, "query", query)
     _checks.bias(bias, keys)
     check_sets(query, keys, query_labels, key_labels, positive, exclude)
-    native = _checks.takes_native(backend, query)
+    native = _checks.use_native(backend, query)
     sets = (query_labels, key_labels, positive, exclude)
     return row_stats(native, SoftmaxProblem(query, keys, scale, bias, *sets))
 
 
 def topk(
     query: Array,
-    keys: Array,
+    keys: ArrayLike,
     k: int,
     *,
-    metric: str = "cosine",
-    query_labels: Array | None = None,
-    key_labels: Array | None = None,
-    exclude: Array | None = None,
-    backend: str = "auto",
+    metric: Metric = "cosine",
+    query_labels: ArrayLike | None = None,
+    key_labels: ArrayLike | None = None,
+    exclude: ArrayLike | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Array, Array]:
     """The k best keys of every query, exactly: best first, ties to the smaller id.
 
     Takes tensors, NumPy arrays, lists, data frames and their columns (by position, the index is ignored), and
     returns tensors for a tensor `query`, else NumPy arrays. No gradient. The order is that of the scores in
-    float32, each of which is computed from its pair alone, by one arithmetic, here and in `ranks`::
+    float32, each of which depends only on its pair and has the same bits here and in `ranks`::
 
         cosine  <q, k> / (|q| |k|)      off by at most (D + 8) 2^-24
         ip      <q, k>                  off by at most (D + 8) 2^-24 |q| |k|
@@ -122,7 +118,7 @@ def topk(
     labels = _inputs.labels(("query_labels", "key_labels"), (query_labels, key_labels), sides)
     skipped = None if exclude is None else _inputs.rows("exclude", exclude, sides[0])
     _checks.in_range("exclude", skipped, x.shape[0], wait=True)
-    native = _checks.takes_native(backend, q)
+    native = _checks.use_native(backend, q)
     found = _promoted.topk(
         [Segment(q, x)],
         k,
@@ -133,18 +129,18 @@ def topk(
         native=native,
     )
     found = (found[0][0], found[1][0]) if single else found
-    result: tuple[Array, Array] = _checks.give_back(found, query)
+    result: tuple[Array, Array] = _checks.like_input(found, query)
     return result
 
 
 def ranks(
     query: Array,
-    keys: Array,
-    targets: Array,
+    keys: ArrayLike,
+    targets: ArrayLike,
     *,
-    metric: str = "cosine",
-    exclude: Array | None = None,
-    backend: str = "auto",
+    metric: Metric = "cosine",
+    exclude: ArrayLike | None = None,
+    backend: Backend = "auto",
 ) -> Array:
     """How many keys beat each target: its place in the full ranking of `topk`, without sorting anything.
 
@@ -171,17 +167,12 @@ def ranks(
     skipped = None if exclude is None else _inputs.rows("exclude", exclude, ("query", q))
     _checks.in_range("targets", wanted, x.shape[0], wait=True)
     _checks.in_range("exclude", skipped, x.shape[0], wait=True)
-    native = _checks.takes_native(backend, q)
+    native = _checks.use_native(backend, q)
     if skipped is not None:
         wanted = wanted.masked_fill(wanted == skipped[:, None], -1)
     x = x.to(q.dtype)
-    score = _search.pair_scores(q, x, wanted, metric, native=native)
-    everything = torch.tensor([0, x.shape[0]], dtype=torch.int64, device=q.device)
-    beaten = _search.count_beats(
-        q, x, None, everything, score, wanted, metric, exclude=skipped, native=native
-    )[:, :, 0]
-    places = beaten.masked_fill(wanted < 0, -1)
-    result: Array = _checks.give_back((places[0] if single else places,), query)[0]
+    places = _search.ranks(q, x, wanted, metric, exclude=skipped, native=native)
+    result: Array = _checks.like_input((places[0] if single else places,), query)[0]
     return result
 
 
@@ -218,12 +209,12 @@ def contrastive(
     scalar = positives == "sum_in_log" and reduction != "none"
     if native and scalar and _autograd.fuses(problem):
         loss = _autograd.softmax_loss(problem, reduction == "mean", eps)
-        if parts.is_zero(loss):  # for want of positives? To count them one column is enough
+        if parts.is_zero(loss):  # because there are no positives? One column is enough to count them
             with torch.no_grad():
                 column = problem._replace(query=problem.query[:, :1], keys=problem.keys[:, :1])
                 parts.warn_without_positives(_autograd.softmax_stats(column).pos_count > 0)
         return loss
     if eps is not None:
-        query, keys = parts.normalised(problem.query, eps), parts.normalised(problem.keys, eps)
+        query, keys = normalised(problem.query, eps), normalised(problem.keys, eps)
         problem = problem._replace(query=query, keys=keys)
     return parts.contrastive_from_stats(row_stats(native, problem), positives, reduction)

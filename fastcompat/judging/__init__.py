@@ -1,1 +1,1 @@
-"""What an upgrade is judged by: who is relevant to whom, figures, intervals, forecasts."""
+"""How good a retrieval system is, and what an upgrade of it wins and loses."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _search
-from .._ranking import Space
-from ..reference import Segment
+from .._types import Segment
 from .excluded import Excluded
+from .ranking import Space
 
 
 class Agreement(NamedTuple):

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, _inputs
-from .._ranking import Relevant, Space, best_grades, cutoffs
-from ..backfill import BackfillCurve, permutation, state_cuts
 from . import expected, gains
 from .bands import NAMES, Bound
+from .curve import BackfillCurve, permutation, state_cuts
 from .queries import CurveQueries
+from .ranking import Relevant, Space, best_grades, cutoffs
 from .relevance import Relevance
 from .tails import BINS, Tails
 
@@ -47,7 +47,7 @@ def forecast_curve(
     level: float = 0.95,
     samples: int = 1000,
     seed: int = 0,
-) -> BackfillCurve:
+) -> BackfillCurve[Any]:
     """Forecast `backfill_curve` from the new vectors of a random sample and of the judged relevant items.
 
     Embed about 5 % of the gallery, drawn at random, and every item that some query is judged by::
@@ -320,7 +320,7 @@ def _curve(
     samples: int,
     random: torch.Generator,
     like: Any,
-) -> BackfillCurve:
+) -> BackfillCurve[Any]:
     counted = relevant.counted
     drawn = torch.randint(len(counted), (samples, len(counted)), generator=random)
     weights = torch.zeros(samples, len(counted), dtype=torch.float64, device="cpu")
@@ -331,7 +331,7 @@ def _curve(
     )
 
     def as_given(values: Tensor) -> Any:
-        return _checks.give_back((values,), like)[0]
+        return _checks.like_input((values,), like)[0]
 
     least = NormalDist().inv_cdf((1 + level) / 2)
     each: dict[str, Tensor] = {}

@@ -10,9 +10,9 @@ reference; `backend="native"` refuses it. Losses that train more than one embedd
 """
 
 from .classes import BCTLoss, MarginSoftmaxLoss, PrototypeLoss
+from .embeddings import ContrastiveLoss, MetricCompatibleLoss, RACTLoss, SimCLRLoss
 from .memory import MemoryQueue
-from .pairs import ContrastiveLoss, MetricCompatibleLoss, RACTLoss, SimCLRLoss
-from .transforms import FastFillLoss, FCTLoss
+from .regression import FastFillLoss, FCTLoss
 
 __all__ = [
     "BCTLoss",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
 from .. import _checks, functional
+from .._types import Backend, Reduction
 from ..prototypes import PrototypeBank
 
 
@@ -64,8 +66,8 @@ class BCTLoss(_ClassVectorLoss):
         *,
         scale: float | Tensor | None = None,
         eps: float | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         _checks.matrix("old_weight", old_weight)
@@ -96,7 +98,7 @@ class PrototypeLoss(_ClassVectorLoss):
     Args:
         prototypes: [C, D], kept as a frozen buffer; or a bank, whose prototypes and perturbed prototypes are
             read at every call.
-        perturbed: [C, D], beside a tensor of prototypes; a bank brings its own.
+        perturbed: [C, D], beside a tensor of prototypes; a bank has its own.
         perturb_negatives: use the perturbed prototypes for the other classes as well.
         temperature: a float, or an `nn.Parameter` to be learned.
         normalize: L2-normalise features and prototypes first.
@@ -114,8 +116,8 @@ class PrototypeLoss(_ClassVectorLoss):
         temperature: float | Tensor = 0.07,
         normalize: bool = True,
         eps: float | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if isinstance(prototypes, PrototypeBank) and perturbed is not None:
@@ -176,12 +178,12 @@ class MarginSoftmaxLoss(_ClassVectorLoss):
         self,
         weight: Tensor,
         *,
-        kind: str = "arcface",
+        kind: Literal["arcface", "cosface"] = "arcface",
         scale: float | Tensor = 30.0,
         margin: float = 0.3,
         eps: float | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)

@@ -22,7 +22,7 @@ class MemoryQueue(nn.Module):
         )
 
     With `positions` (numbers of the images in the data set) an image is in the queue once, with its newest
-    embedding (the last row, if a batch brings it twice), and `find` tells where. Memory and time are linear
+    embedding (the last row, if a batch holds it twice), and `find` tells where. Memory and time are linear
     in `size`; neither the queue nor a loss over it ever holds a table of batch times queue. The queue is part
     of the state_dict. After the cross-batch memory of Wang et al., CVPR 2020, arXiv 1912.06798
     (re-implementation).
@@ -87,7 +87,7 @@ class MemoryQueue(nn.Module):
             enters = newest == row
             arriving = (embeddings[enters], labels[enters], positions[enters])
             place = (enters.cumsum(0) - 1)[newest]
-        # New tensors instead of writes in place: a loss of an earlier batch may still want its keys back.
+        # New tensors instead of writes in place: a loss of an earlier batch may still need its keys.
         joined = [
             torch.cat((old, new.to(old)))[-self.size :] for old, new in zip(held, arriving, strict=True)
         ]

@@ -21,7 +21,7 @@ def on(device: torch.device, kernel: Callable[..., Any], *arguments: Any) -> Any
 
 
 def far(found: Tensor, truth: Tensor, tolerance: float) -> str:
-    """What is wrong with `found`, or nothing: infinities must stand in their places, NaN never."""
+    """What is wrong with `found`, or nothing: infinities must be where they belong, and NaN nowhere."""
     found, truth = found.double(), truth.double()
     if found.shape != truth.shape:
         return f"shape {list(found.shape)} instead of {list(truth.shape)}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, _ops, reference
+from .._types import Segment
 from ._compare import far, on
 
 QUERIES, KEYS = 70, 3300  # more queries than two strips have lanes, keys enough for a sample of them
@@ -56,10 +57,10 @@ PARTS: dict[
 PROBLEMS = [("ties", "ip"), ("ties", "l2"), ("ties", "cosine"), ("near", "ip"), ("near", "l2")]
 
 
-def _segments(query: Tensor, keys: Tensor, parts: str) -> list[reference.Segment]:
+def _segments(query: Tensor, keys: Tensor, parts: str) -> list[Segment]:
     rows = torch.arange(KEYS)
     return [
-        reference.Segment(query, keys, None if part is None else rows[part], scale, offset)
+        Segment(query, keys, None if part is None else rows[part], scale, offset)
         for part, scale, offset in PARTS[parts]
     ]
 
@@ -71,7 +72,7 @@ def _best(kind: str, metric: str, dtype: torch.dtype, parts: str, filtered: bool
 
 
 def _search(
-    segments: list[reference.Segment], k: int, metric: str, chosen: tuple[Tensor, ...], packed: list[Tensor]
+    segments: list[Segment], k: int, metric: str, chosen: tuple[Tensor, ...], packed: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     query, keys, rows, scale, offset = map(list, zip(*segments, strict=True))
     labels_and_exclude = chosen or (None, None, None)
@@ -104,7 +105,7 @@ def topk(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _cosine_topk(dtype: torch.dtype, device: torch.device) -> str:
-    """No score is exact here, so a key may stand in for another whose score is as good up to rounding."""
+    """No score is exact here, so a key may replace another whose score is as good up to rounding."""
     query, keys = vectors("near", "ip", dtype)
     truth = torch.nn.functional.normalize(query.double()) @ torch.nn.functional.normalize(keys.double()).T
     best = truth.topk(FEW).values

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import _checks, _files, _inputs, reference
+from .. import _checks, _files, _inputs, _search
 
 _BLOCK = 8192  # rows of `transform` at a time
 
@@ -40,7 +40,7 @@ class Transform(nn.Module):
     def __init__(self, inputs: dict[str, int], outputs: tuple[str, ...], options: dict[str, Any]) -> None:
         super().__init__()
         self.inputs, self.outputs = inputs, outputs
-        # The file takes Python's own numbers alone.
+        # The file holds only Python's own numbers.
         self.options = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
         self.fitted = False
 
@@ -90,7 +90,7 @@ class Transform(nn.Module):
                 found = self(*map(self.like_weights, block))
                 blocks.append(found if isinstance(found, tuple) else (found,))
         whole = [torch.cat(parts).to(tensors[0].device) for parts in zip(*blocks, strict=True)]
-        given = _checks.give_back(tuple(whole), features[0])
+        given = _checks.like_input(tuple(whole), features[0])
         return given[0] if len(given) == 1 else given
 
     def save(self, path: File) -> None:
@@ -227,10 +227,7 @@ def as_features(**features: Any) -> list[Tensor]:
     """The arrays of a `fit` as matrices with one row per item, without NaN and inf."""
     tensors = _same_rows(features)
     for name, value in zip(features, tensors, strict=True):
-        try:
-            reference.refuse_nonfinite(value, value[:0])
-        except _checks.NonFiniteError as error:
-            _checks.refuse_nonfinite(error, ((name, name),))
+        _search.refuse_nonfinite(value, value[:0], (name, name))
     return tensors
 
 

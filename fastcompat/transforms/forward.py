@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import _checks, _inputs, functional
 from .base import Transform, as_features, check_width
-from .training import Training
+from .fitting import Training
 
 _ROWS = 4096  # that choose the scale of the class means' classifier
 
@@ -109,7 +109,7 @@ class ForwardTransform(Transform):
         Args:
             old: [N, d_old], tensor or NumPy array.
             new: [N, d_new].
-            labels: int64 [N], for FastFill alone: classes of `new_weight`; a negative label leaves its row
+            labels: int64 [N], only for FastFill: classes of `new_weight`; a negative label leaves its row
                 out of the loss.
             side: [N, d_side], if the transform has side-information.
             new_weight: [C, d_new], the new model's classifier, for FastFill. Without it: the
@@ -203,7 +203,7 @@ def _mean_classifier(new: Tensor, labels: Tensor, label_smoothing: float) -> tup
     known = labels >= 0
     classes, own = torch.unique(labels[known], return_inverse=True)
     if not len(classes):
-        raise ValueError("`labels` must name a class: got negative labels alone")
+        raise ValueError("`labels` must name a class: got only negative labels")
     x = new[known].float()
     means = x.new_zeros(len(classes), x.shape[1], dtype=torch.float64).index_add_(0, own, x.double())
     means = (means / own.bincount()[:, None]).float()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .. import _checks, _inputs, functional
 from ..losses import MetricCompatibleLoss
 from .base import Transform, as_features, check_width
+from .fitting import Training
 from .forward import block
-from .training import Training
 
 
 class ResidualHead(Transform):
@@ -61,7 +61,7 @@ class ResidualHead(Transform):
             new: [N, d_new].
             labels: int64 [N].
             psi: the transform that is trained with it, and then makes old queries of the head's output;
-                default: one that is dropped afterwards, which leaves a head for the new gallery alone.
+                default: one that is dropped afterwards, which leaves a head only for the new gallery.
             training: keywords of `ReverseQueryTransform.fit`; `weight` is 1 here, and `compatible`
                 `MetricCompatibleLoss(temperature=0.1)`.
 
@@ -144,7 +144,7 @@ class ReverseQueryTransform(Transform):
         Args:
             old: [N, d_old], tensor or NumPy array.
             new: [N, d_new].
-            labels: int64 [N]; None: the reverse query transform alone.
+            labels: int64 [N]; None: only the reverse query transform.
             distance: "cosine" as above, or "l2": `|psi(m) - o|^2`, the mean over the columns.
             compatible: the loss beside labels; default: `MetricCompatibleLoss(temperature=0.2)`.
             weight: of that loss.

@@ -30,7 +30,7 @@ class SideInformation(nn.Module):
     Args:
         encoder: images -> [B, d_side].
         augment: images -> one random view of each.
-        projection: [B, d_side] -> [B, d], used by the loss alone, as in SimCLR; None: no projection.
+        projection: [B, d_side] -> [B, d], used only by the loss, as in SimCLR; None: no projection.
         temperature: of the loss.
     """
 

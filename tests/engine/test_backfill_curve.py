@@ -14,7 +14,7 @@ from retrieval_oracle import exact_vectors, figures, ranking, scores, some_label
 from torch import Tensor
 
 import fastcompat as fc
-from fastcompat import _ranking
+from fastcompat.judging import ranking as ranks
 
 METRICS = ("cosine", "ip", "l2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -212,7 +212,7 @@ def test_blocks_of_queries_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
     case = random_case(6, queries=40, items=200, classes=5)
     whole = fc.backfill_curve(*case, states=6)
     for block in (1, 3000):
-        monkeypatch.setattr(_ranking, "BLOCK", block)
+        monkeypatch.setattr(ranks, "BLOCK", block)
         assert same(fc.backfill_curve(*case, states=6), whole)
 
 

@@ -103,7 +103,7 @@ def test_margin_softmax_loss(backend, kind, margin):
 
 @pytest.mark.one_simd
 def test_beyond_the_angle_where_arcface_would_turn():
-    """At pi - margin and above the logit goes on falling with the angle."""
+    """At pi - margin and above the logit keeps falling with the angle."""
     angle = torch.linspace(0.01, math.pi - 0.01, 200, dtype=torch.float64)
     f = torch.stack([angle.cos(), angle.sin()], 1).requires_grad_()
     w = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_as_in_pytorch_metric_learning(kind):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [0, 4])
 @pytest.mark.parametrize("classes", [0, 1, 5])
-def test_nobody_takes_part(backend, rows, classes):
+def test_every_row_is_ignored(backend, rows, classes):
     f, w, y = torch.randn(rows, 6, requires_grad=True), torch.randn(classes, 6), torch.full((rows,), -1)
     named = {"perturbed": w + 1, "backend": backend}
     for loss in (

@@ -11,7 +11,7 @@ import torch
 from engine.truth import EPSILON, Problem
 
 from fastcompat import _autograd, functional
-from fastcompat.reference import SoftmaxProblem
+from fastcompat._types import SoftmaxProblem
 
 # Around the rows of a packed block (96 or 112) and the smallest part of a split (512).
 KEYS = [1, 97, 113, 512, 1025, 1600]

@@ -101,7 +101,7 @@ def test_rows_without_positives_take_no_part(backend, positives):
 @pytest.mark.parametrize("positives", ["sum_in_log", "mean_out"])
 @pytest.mark.parametrize("rows", [0, 5])
 @pytest.mark.parametrize("columns", [0, 3])
-def test_nobody_takes_part(backend, positives, rows, columns):
+def test_every_row_is_ignored(backend, positives, rows, columns):
     query, keys = torch.randn(rows, 8, requires_grad=True), torch.randn(columns, 8, requires_grad=True)
     loss = fc.contrastive_loss(query, keys, positives=positives, backend=backend)
     assert loss.item() == 0

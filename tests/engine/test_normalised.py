@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastcompat as fc
-from fastcompat._loss_parts import normalised
+from fastcompat._normalise import normalised
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))

@@ -171,7 +171,7 @@ def test_odpp_leaves_unknown_classes_alone():
 @pytest.mark.parametrize("threshold", [-0.5, 0.3])
 @pytest.mark.parametrize("batch", [None, 11])
 def test_odpp_without_an_unknown_class_is_odpp_of_the_others(threshold, batch):
-    """A zero row takes no part, whatever the new model says of its class."""
+    """A zero row is ignored, whatever the new model says of its class."""
     old, new = clustered(12, 8).double(), clustered(12, 8).double()
     old[4] = 0
     known = torch.arange(12) != 4

@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 import fastcompat as fc
-from fastcompat import _ranking
+from fastcompat.judging import ranking as ranks
 
 METRICS = ("cosine", "ip", "l2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -158,16 +158,16 @@ def test_blocks_of_queries_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
     gallery_labels = (torch.rand(300) ** 3 * 9).long()  # from many relevant items to few
     whole = fc.retrieval_metrics(query, gallery, query_labels, gallery_labels)
     for block in (1, 97, 1000):
-        monkeypatch.setattr(_ranking, "BLOCK", block)
+        monkeypatch.setattr(ranks, "BLOCK", block)
         assert same(fc.retrieval_metrics(query, gallery, query_labels, gallery_labels), whole)
 
 
 @pytest.mark.one_simd
 def test_blocks_hold_every_counted_query_once_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ranking, "BLOCK", 200)
+    monkeypatch.setattr(ranks, "BLOCK", 200)
     query, gallery, query_labels, _ = random_case(6, queries=50, items=300)
     gallery_labels = (torch.rand(300) ** 3 * 7).long()
-    relevant = _ranking.Relevant(query, gallery, query_labels, gallery_labels, None)
+    relevant = ranks.Relevant(query, gallery, query_labels, gallery_labels, None)
     seen = []
     for q, ids, _ in relevant.blocks(per_item=1, per_query=3):
         assert len(q) == 1 or len(q) * (ids.shape[1] + 3) <= 200

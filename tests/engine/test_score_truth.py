@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastcompat as fc
 from fastcompat import _native, _ops, _search
-from fastcompat.reference import Segment
+from fastcompat._types import Segment
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 METRICS = ("cosine", "ip", "l2")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastcompat as fc
 from fastcompat import _search
-from fastcompat.reference import Segment
+from fastcompat._types import Segment
 
 METRICS = ("cosine", "ip", "l2")
 DIMS = (1, 31, 128, 257)

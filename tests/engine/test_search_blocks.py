@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcompat import _ops, reference
-from fastcompat.reference import Segment
+from fastcompat._types import Segment
 
 METRICS = ["cosine", "ip", "l2"]
 

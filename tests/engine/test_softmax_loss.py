@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcompat import _autograd
 from fastcompat import functional as fc
-from fastcompat.reference import SoftmaxProblem
+from fastcompat._types import SoftmaxProblem
 
 SIZES = [(1, 1, 1), (1, 33, 3), (31, 2, 8), (130, 31, 64), (65, 200, 37)]
 # many rows, more than caches hold, few keys, too many keys to keep

@@ -71,7 +71,7 @@ def test_label_smoothing_is_that_of_torch():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [0, 4])
 @pytest.mark.parametrize("classes", [0, 1, 5])
-def test_nobody_takes_part(backend, rows, classes):
+def test_every_row_is_ignored(backend, rows, classes):
     r, s = torch.randn(rows, 6, requires_grad=True), torch.randn(rows, requires_grad=True)
     w, b, y = torch.randn(classes, 6), torch.randn(classes), torch.full((rows,), -3)
     loss = fc.fastfill_loss(r, torch.randn(rows, 6), s, w, b, y, backend=backend)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastcompat as fc
 from fastcompat import _native, _search
-from fastcompat.reference import Segment
+from fastcompat._types import Segment
 
 ROWS = st.sampled_from([1, 2, 8, 9, 16, 17, 33, 65, 70])
 KEYS = st.sampled_from([1, 2, 31, 64, 65, 129, 300, 700, 1500, 3300, 5000])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastcompat import _autograd, _native, reference
-from fastcompat.reference import SoftmaxProblem
+from fastcompat._types import SoftmaxProblem
 
 EPSILON = 2.0**-23
 # Around the widths of vectors, tiles, blocks and parts.

@@ -186,13 +186,13 @@ def test_excluded_items_are_as_if_they_did_not_exist(way: str, backend: str) -> 
 
 
 def test_many_relevant_items_are_ranked_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastcompat import backfill
+    from fastcompat.judging import curve
 
     (old_query, old), (new_query, new) = vectors(True, 20), vectors(True, 22)
     exclude = torch.randint(-1, N, (Q, 3), generator=torch.Generator().manual_seed(1))
     curves = []
     for share in (0.0, 9.0):  # by one sort always, never
-        monkeypatch.setattr(backfill, "MANY", share)
+        monkeypatch.setattr(curve, "MANY", share)
         curves.append(
             fc.backfill_curve(
                 old_query, old, new_query, new, relevance=judged(21), exclude=exclude, metric="ip", states=9

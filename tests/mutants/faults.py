@@ -28,9 +28,9 @@ FAULTS = {
         ("softmax_loss",),
     ),
     "cached exponentials are read with the shift of the first block": Fault(
-        "kept.inl",
-        "item.kept.shifts + block * item.kept.queries + q",
-        "item.kept.shifts + 0 * block + q",
+        "cached_probs.inl",
+        "item.cached.shifts + block * item.cached.queries + q",
+        "item.cached.shifts + 0 * block + q",
         ("softmax_loss",),
     ),
     "the first part of the key gradient alone": Fault(
@@ -62,8 +62,8 @@ FAULTS = {
     ),
     "rounding is said to hide nothing": Fault(
         "screen.inl",
-        "const auto blur = [&](float key_norm, float key_slack, int v) {",
-        "const auto blur = [&](float key_norm, float key_slack, int v) {\n    key_norm = key_slack = 0;",
+        "error_bound = [&](float key_norm, float key_residual, int v) {",
+        "error_bound = [&](float key_norm, float key_residual, int v) {\n    key_norm = key_residual = 0;",
         ("topk",),
     ),
     "every seventh key is never a candidate": Fault(
@@ -82,7 +82,7 @@ FAULTS = {
         "candidates.inl", "f.query_labels[query] >= 0", "f.query_labels[query] > 0", ("topk",)
     ),
     "of two equal keys the larger id is kept": Fault(
-        "select.inl", "score == cut.bar && id <= tie", "score == cut.bar && id > tie", ("topk",)
+        "select.inl", "score == cut.value && id <= tie", "score == cut.value && id > tie", ("topk",)
     ),
     "exact scores leave out a number of the tail": Fault(
         "simd_avx2.h", "const int left = width - 4 * g;", "const int left = width - 1 - 4 * g;", ("topk",)
@@ -91,14 +91,14 @@ FAULTS = {
         "topk.inl", "first, n, item.bad, ws)", "item.begin, n, item.bad, ws)", ("pack",)
     ),
     "a rank goes to the larger id": Fault(
-        "intervals.inl",
-        "score == score ? standing_of(score, id) : INT64_MIN;",
-        "score == score ? standing_of(score, -id) : INT64_MIN;",
+        "histogram.inl",
+        "score == score ? rank_code(score, id) : INT64_MIN;",
+        "score == score ? rank_code(score, -id) : INT64_MIN;",
         ("count_beats",),
     ),
     "more targets than a table numbers": Fault(
-        "intervals.inl",
-        "(most < kMostBelow ? most : targets) - least",
+        "histogram.inl",
+        "(most < kMaxThresholds ? most : targets) - least",
         "most - least",
         ("count_beats",),
     ),

@@ -203,12 +203,6 @@ EMULATED __m512 _mm512_mask_blend_ps(__mmask16 mask, const __m512& no, const __m
            _mm256_blendv_ps(no.half[1], yes.half[1], _mm256_castsi256_ps(chosen(mask, 1)))}};
 }
 
-EMULATED __m512i _mm512_mask_add_epi32(const __m512i& no, __mmask16 mask, const __m512i& a, const __m512i& b) {
-  const __m512i sum = _mm512_add_epi32(a, b);
-  return {{_mm256_blendv_epi8(no.half[0], sum.half[0], chosen(mask, 0)),
-           _mm256_blendv_epi8(no.half[1], sum.half[1], chosen(mask, 1))}};
-}
-
 EMULATED_CALL __m512i _mm512_maskz_compress_epi32(__mmask16 mask, const __m512i& a) {
   int32_t from[16], to[16] = {};
   _mm512_storeu_si512(from, a);

@@ -16,7 +16,7 @@ from transform_cases import spaces
 from typer.testing import CliRunner
 
 import fastcompat as fc
-from fastcompat.cli import app
+from fastcompat.commands.app import app
 
 METHODS = ("mcl", "rqt", "fct", "fastfill", "procrustes")
 Arrays = dict[str, Any]

@@ -18,11 +18,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastcompat
-from fastcompat import _native, _ops, _terminal, demo, selfcheck
-from fastcompat._output import OutputFolder
-from fastcompat.cli import app
+from fastcompat import _native, _ops, demo, selfcheck
+from fastcompat.commands import terminal
+from fastcompat.commands.app import app
+from fastcompat.commands.output import OutputFolder
 
-COMMAND = "from fastcompat.cli import main; main()"
+COMMAND = "from fastcompat.commands.app import main; main()"
 
 
 def python(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -212,9 +213,9 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path: Pa
     script = """
 import sys
 from typer.testing import CliRunner
-from fastcompat.cli import app
+from fastcompat.commands.app import app
 for extra in ("sklearn", "matplotlib", "jinja2", "PIL"):
-    for name in [n for n in sys.modules if n.startswith(("fastcompat.demo", "fastcompat.report"))]:
+    for name in [n for n in sys.modules if n.startswith(("fastcompat.demo", "fastcompat.commands.report"))]:
         del sys.modules[name]
     sys.modules[extra] = None
     result = CliRunner().invoke(app, ["demo"])
@@ -233,7 +234,7 @@ def test_info_needs_no_extra(tmp_path: Path):
         "import sys\n"
         "for extra in ('sklearn', 'matplotlib', 'jinja2', 'PIL'): sys.modules[extra] = None\n"
         "sys.argv[1:] = ['info']\n"
-        "from fastcompat.cli import main; main()"
+        "from fastcompat.commands.app import main; main()"
     )
     assert python(tmp_path, script).returncode == 0
 
@@ -327,7 +328,7 @@ def test_a_table_fits_the_terminal(
     columns: int, first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("COLUMNS", str(columns))
-    _terminal.print_report(
+    terminal.print_report(
         "A description of several words", WIDE, [("How", "to\n\n    copy(this, " + "x" * 80 + ")")]
     )
     lines = capsys.readouterr().out.splitlines()
@@ -339,7 +340,7 @@ def test_a_table_fits_the_terminal(
 
 def test_a_terminal_without_unicode_stops_nothing(tmp_path: Path):
     name = "caf\\udce9 caf\\u00e9 \\u6570"
-    script = f"from fastcompat import cli, _terminal; cli._command(); _terminal.fail('{name}')"
+    script = f"from fastcompat.commands import app, terminal; app._command(); terminal.fail('{name}')"
     ran = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,

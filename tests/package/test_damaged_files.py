@@ -195,7 +195,7 @@ def test_what_takes_the_place_of_the_manifest(tmp_path: Path) -> None:
         manifest.symlink_to(target)
         if target == "fifo":
             os.mkfifo(tmp_path / target)
-        with pytest.raises(ValueError, match=r"manifest\.json` is no regular file"):
+        with pytest.raises(ValueError, match=r"manifest\.json` is not a regular file"):
             fc.MixedGallery.load(tmp_path)
 
 
@@ -252,7 +252,7 @@ def test_the_file_of_a_transform_is_a_regular_one(tmp_path: Path) -> None:
     (tmp_path / "zero").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "fifo")
     for name in ("zero", "fifo"):
-        with pytest.raises(ValueError, match=f"{name}` is no regular file"):
+        with pytest.raises(ValueError, match=f"{name}` is not a regular file"):
             fc.Procrustes.load(tmp_path / name)
     with pytest.raises(IsADirectoryError):
         fc.Procrustes.load(tmp_path)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastcompat import demo, report
+from fastcompat import demo
+from fastcompat.commands import report
 from fastcompat.demo import data, train
 from fastcompat.demo.data import ImageSet, split
 

@@ -35,9 +35,9 @@ def test_a_gpu_without_kernels(monkeypatch, module, reason):
     with FakeTensorMode():
         query = torch.empty(4, 8, device="cuda")
     with pytest.raises(ValueError, match=rf'`backend="native"` does not cover the device cuda:0 \({reason}'):
-        _checks.takes_native("native", query)
+        _checks.use_native("native", query)
     with pytest.warns(UserWarning, match=rf"plain PyTorch reference: no kernels for .*{reason}"):
-        assert not _checks.takes_native("auto", query)
+        assert not _checks.use_native("auto", query)
 
 
 @pytest.mark.parametrize("backend", ["auto", "native"])

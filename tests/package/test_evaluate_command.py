@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastcompat as fc
-from fastcompat import vector_files
-from fastcompat.cli import app
+from fastcompat.commands import evaluation
+from fastcompat.commands.app import app
 
 Arrays = dict[str, Any]
 
@@ -58,7 +58,7 @@ def check(found: dict[str, Any], expected: fc.BackfillCurve) -> None:
 def test_figures_are_those_of_the_curves(
     block: int, arrays: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vector_files, "BLOCK", block)
+    monkeypatch.setattr(evaluation, "BLOCK", block)
     arrays["query-labels"][:5] = 7  # the first block counts for nothing
     result = call(tmp_path, arrays, "--metric", "l2", "--states", "6", "--seed", "3")
     assert result.exit_code == 0, result.output

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastcompat as fc
 from fastcompat import _files
-from fastcompat._output import OutputFolder
+from fastcompat.commands.output import OutputFolder
 
 N = 12
 OLD, NEW, QUERY_OLD, QUERY_NEW = torch.randn(N, 6), torch.randn(N, 9), torch.randn(3, 6), torch.randn(3, 9)

@@ -1,4 +1,4 @@
-"""Every public function of search and evaluation with every kind of input that users bring.
+"""Every public function of search and evaluation with every kind of input that users pass in.
 
 What is taken gives the result of plain tensors; what is refused is refused by name, and the advice, followed
 to the letter, works.

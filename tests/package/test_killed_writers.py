@@ -16,7 +16,7 @@ KILLS = """
 import os, random, signal, sys, time
 import numpy as np, torch
 import fastcompat as fc
-from fastcompat._output import OutputFolder
+from fastcompat.commands.output import OutputFolder
 
 torch.set_num_threads(1)
 folder, turns = sys.argv[1], int(sys.argv[2])
@@ -102,7 +102,7 @@ print(fc.MixedGallery.load(folder, verify=True).fraction)
 UMASK = """
 import os, sys, torch
 import fastcompat as fc
-from fastcompat._output import OutputFolder
+from fastcompat.commands.output import OutputFolder
 from pathlib import Path
 
 for umask in ("077", "022", "002"):
@@ -122,7 +122,7 @@ import sys
 sys.modules["fcntl"] = None
 import threading, torch
 import fastcompat as fc
-import fastcompat.cli
+import fastcompat.commands.app
 
 gallery = fc.MixedGallery(torch.randn(10, 4))
 threads = [threading.Thread(target=gallery.save, args=(sys.argv[1],)) for _ in range(4)]

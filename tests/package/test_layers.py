@@ -16,19 +16,20 @@ PACKAGE = ROOT / "fastcompat"
 # Lowest first. A module imports from floors below its own, and freely inside its own folder. A name is a
 # module or a folder of the package; `folder.module` places one module of a folder apart from the rest.
 FLOORS = (
-    "_native _output _terminal",  # the native module; files and terminals
-    "_checks _ops",  # errors in arguments; torch operators
-    "reference _folder",  # the specification; stored tensors
-    "judging",  # relevance, figures
-    "_search _ranking selfcheck",  # searches and ranks; are the kernels right
-    "_loss_parts",
-    "_autograd prototypes",  # gradients
+    "_types _torch_hooks _files _arrays commands.terminal",  # tuples; private torch; files; arrays; terminal
+    "_native _autocast",
+    "_checks commands.output commands.npy_files",  # errors in arguments; files of the commands
+    "_inputs _operands _normalise reference serving.folder",  # what users pass in; rows; the specification
+    "_ops",  # torch operators
+    "_search _autograd selfcheck",  # the one search front; gradients; are the kernels right
+    "_promoted prototypes",  # wide queries; class vectors
     "functional",  # the public functions
-    "losses judging.agreement evaluate merge backfill gallery ordering",  # modules, figures, results
-    "judging.forecast transforms mixed_gallery report vector_files",
-    "training __init__ evaluate_command",
-    "demo align_command",
-    "cli",
+    "losses serving judging",  # modules; galleries and lists of results; figures
+    "transforms commands.report commands.evaluation",
+    "training __init__",
+    "demo",
+    "commands",
+    "__main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -82,6 +83,11 @@ def test_imports_point_down(path: Path) -> None:
             assert below < floor, f"{own} (floor {floor}) imports {'.'.join(name)} (floor {below})"
 
 
+def test_gradients_know_no_search() -> None:
+    names = {name[0] for path in ("_autograd", "_normalise") for name in imported(PACKAGE / f"{path}.py")}
+    assert not names & {"_search", "_promoted", "functional"}
+
+
 def test_every_entry_of_the_table_exists() -> None:
     assert {name for name in FLOOR if not exists(tuple(name.split(".")))} == set()
 
@@ -122,7 +128,7 @@ def test_every_operator_is_self_checked() -> None:
 
 
 def test_every_operator_runs_on_the_emulated_gpu_or_is_the_cpus_alone() -> None:
-    text = (ROOT / "tests" / "cuda" / "reroute.py").read_text()
+    text = (ROOT / "tests" / "gpu" / "reroute.py").read_text()
     kernels = re.search(r"KERNELS = \((.*?)\)", text, re.DOTALL)
     assert kernels
     assert set(re.findall(r'"(\w+)"', kernels[1])) == OPERATORS - set(_ops._CPU_ALONE)

@@ -18,10 +18,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastcompat import vector_files
 from fastcompat._arrays import NpyFile
-from fastcompat.cli import app
-from fastcompat.npy_files import read_npy
+from fastcompat.commands import evaluation
+from fastcompat.commands.app import app
+from fastcompat.commands.npy_files import read_npy
 
 X = np.arange(12, dtype="f4").reshape(4, 3) / 4
 
@@ -168,7 +168,7 @@ TOLD: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", TOLD)
-def test_what_is_no_array_is_told(kind: str, tmp_path: Path) -> None:
+def test_what_is_not_an_array_is_described(kind: str, tmp_path: Path) -> None:
     make, told = TOLD[kind]
     path = tmp_path / "old.npy"
     make(path)
@@ -184,7 +184,7 @@ def test_a_header_larger_than_the_file(tmp_path: Path) -> None:
         read_npy("--old", tmp_path / "old.npy", vectors=True)
 
 
-def upgrade(folder: Path, **arrays: np.ndarray) -> vector_files.Upgrade:
+def upgrade(folder: Path, **arrays: np.ndarray) -> evaluation.Upgrade:
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     paths = [folder / f"{name}.npy" for name in ("old", "new", "labels")]
@@ -192,7 +192,7 @@ def upgrade(folder: Path, **arrays: np.ndarray) -> vector_files.Upgrade:
         folder / f"{name}.npy" if name in arrays else None
         for name in ("query_old", "query_new", "query_labels")
     ]
-    return vector_files.load(*paths, *queries)
+    return evaluation.load(*paths, *queries)
 
 
 def test_float16_stays_in_its_file(tmp_path: Path) -> None:

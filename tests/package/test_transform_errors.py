@@ -69,7 +69,7 @@ VALUES = [
     (fct(OLD, NEW, held_out=1.0), "`held_out` must be a share of the rows, 0 or more and below 1: got 1.0"),
     (fastfill(OLD, NEW), "`labels` must be given with `log_variance`: got None; FastFill needs classes"),
     (fastfill(OLD, NEW, Y[:9]), "`labels` must have one entry per row of `new`: got 9 and 40"),
-    (fastfill(OLD, NEW, Y - 9), "`labels` must name a class: got negative labels alone"),
+    (fastfill(OLD, NEW, Y - 9), "`labels` must name a class: got only negative labels"),
     (fastfill(OLD, NEW, Y, new_bias=B), "`new_bias` must come with `new_weight`: got None for that"),
     (
         fastfill(OLD, NEW, Y, new_weight=W[:, 1:]),

@@ -1,0 +1,1 @@
+"""What answers queries during an upgrade: galleries of two models, and lists of results made one."""
