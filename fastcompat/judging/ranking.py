@@ -138,7 +138,7 @@ class Relevant:
     ) -> None:
         sides = (names[0], query), (names[1], gallery)
         self._excluded = Excluded(exclude, exclude_groups, sides)
-        self._grades: Tensor | None = None  # of the pairs in self._ids; by label: 1 each
+        self._grades: Tensor | None = None  # of the pairs in self._ids, where they differ
         if relevance is None:
             query_labels, gallery_labels = _inputs.labels(
                 ("query_labels", "gallery_labels"), (query_labels, gallery_labels), sides, needed=True
@@ -159,7 +159,9 @@ class Relevant:
                 raise ValueError("`relevance` must be given without labels: got both; leave one of them out")
             of, ids, grades = (x.to(query.device) for x in relevance.relevant(len(query), len(gallery)))
             kept = ~self._excluded.covers(of, ids[:, None])[:, 0]
-            of, self._ids, self._grades = of[kept], ids[kept], grades[kept]
+            of, self._ids, grades = of[kept], ids[kept], grades[kept]
+            if len(torch.unique(grades)) > 1:  # of one grade nDCG is that of labels
+                self._grades = grades
             numbers = torch.arange(len(query), dtype=torch.int64, device=query.device)
             self._start = torch.searchsorted(of, numbers)
             self._stop = torch.searchsorted(of, numbers, right=True)
