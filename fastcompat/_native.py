@@ -69,6 +69,7 @@ class BuildInfo(TypedDict):
     compiler: str
     cuda: str | None
     cuda_archs: list[str]
+    cuda_tier: str | None
     simd_built: list[str]
     simd_usable: list[str]
     simd: str
@@ -78,8 +79,10 @@ class BuildInfo(TypedDict):
 def build_info() -> BuildInfo:
     """What was built and what runs.
 
-    Keys: version, compiler, cuda (None or the version), cuda_archs, simd_built (instruction sets in the
-    module), simd_usable (those this machine can run), simd (the one in use), threads.
+    Keys: version, compiler, cuda (None or the version), cuda_archs, cuda_tier (the tier of CUDA kernels
+    that the environment variable FASTCOMPAT_CUDA_TIER names, sm80 or sm90; None where the device decides),
+    simd_built (instruction sets in the module), simd_usable (those this machine can run), simd (the one
+    in use), threads.
     """
     build = dict(_C.build())
     return BuildInfo(
@@ -87,6 +90,7 @@ def build_info() -> BuildInfo:
         compiler=build["compiler"],
         cuda=build["cuda"],
         cuda_archs=build["cuda_archs"],
+        cuda_tier=build["cuda_tier"],
         simd_built=build["simd_built"],
         simd_usable=simd_levels(),
         simd=simd(),

@@ -32,19 +32,20 @@ struct Level {
 // registers.
 bool has_f16c() {
   unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);  // leaf 1, ECX: F16C
 }
 
 bool has_avx512bf16() {
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);  // leaf 7.1, EAX: AVX512_BF16
 }
 
 // A process must ask the kernel for the tile registers before it may use them.
 bool has_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
+  // Leaf 7, EDX: AMX-BF16, AMX-TILE.
   const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
   return tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

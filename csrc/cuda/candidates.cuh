@@ -37,19 +37,19 @@ struct WarpTeam {
   const int rank = threadIdx.x % 32;
 
   __device__ void sync() const { __syncwarp(); }
-  __device__ int sum(int x) const { return __reduce_add_sync(ALL_LANES, x); }
+  __device__ int sum(int x) const { return __reduce_add_sync(kAllLanes, x); }
   template <class Key>
   __device__ Key least(Key x) const {
 #pragma unroll
-    for (int lanes = 16; lanes; lanes /= 2) x = min(x, __shfl_xor_sync(ALL_LANES, x, lanes));
+    for (int lanes = 16; lanes; lanes /= 2) x = min(x, __shfl_xor_sync(kAllLanes, x, lanes));
     return x;
   }
   // How many threads before this one keep something, and how many do in all; orders what was read before.
   __device__ int offset(bool keep, int& total) const {
-    const unsigned kept = __ballot_sync(ALL_LANES, keep);
+    const unsigned keeping = __ballot_sync(kAllLanes, keep);
     __syncwarp();
-    total = __popc(kept);
-    return __popc(kept & ((1u << rank) - 1));
+    total = __popc(keeping);
+    return __popc(keeping & ((1u << rank) - 1));
   }
 };
 
@@ -63,7 +63,7 @@ struct BlockTeam {
   __device__ void sync() const { __syncthreads(); }
   __device__ int sum(int x) const {
     int total;
-    total_of(__reduce_add_sync(ALL_LANES, x), total);
+    total_of(__reduce_add_sync(kAllLanes, x), total);
     return total;
   }
   template <class Key>
@@ -76,8 +76,8 @@ struct BlockTeam {
     return x;
   }
   __device__ int offset(bool keep, int& total) const {
-    const unsigned kept = __ballot_sync(ALL_LANES, keep);
-    return total_of(__popc(kept), total) + __popc(kept & ((1u << rank % 32) - 1));
+    const unsigned keeping = __ballot_sync(kAllLanes, keep);
+    return total_of(__popc(keeping), total) + __popc(keeping & ((1u << rank % 32) - 1));
   }
 
  private:
@@ -114,8 +114,8 @@ __device__ Key kth_largest(const Team& team, int n, int k, KeyOf key) {
 
 // Moves those of n candidates that are kept to the front of `to`, which may be the same list; returns how many.
 template <class Team, class Keep>
-__device__ int move_kept(const Team& team, const Candidates& from, int n, const Candidates& to, Keep keep) {
-  int kept = 0;
+__device__ int compact(const Team& team, const Candidates& from, int n, const Candidates& to, Keep keep) {
+  int count = 0;
   for (int first = 0; first < n; first += team.size) {
     const int i = first + team.rank;
     const bool mine = i < n && keep(i);
@@ -127,19 +127,19 @@ __device__ int move_kept(const Team& team, const Candidates& from, int n, const 
       position = from.position[i];
     }
     int total;
-    const int at = kept + team.offset(mine, total);
+    const int at = count + team.offset(mine, total);
     if (mine) {
       to.low[at] = low;
       to.high[at] = high;
       to.position[at] = position;
     }
-    kept += total;
+    count += total;
   }
   team.sync();
-  return kept;
+  return count;
 }
 
-struct Kept {
+struct Cut {
   int n;
   float threshold;  // k candidates of some list reach it; -inf while there are fewer
   int64_t last_id;  // a tie with the threshold needs a smaller id than this, or NO_ID: not known
@@ -148,23 +148,23 @@ struct Kept {
 // Drops candidates that k others certainly beat, and those that cannot reach `floor`. Leaves at most k, with exact
 // scores, when `exactly` or when more than `room` would stay. `staged` holds n words of faster memory, or is null.
 template <class Team>
-__device__ Kept keep_best(const Team& team, const Gallery& gallery, int64_t query, const Candidates& list, int n, int k,
-                          int room, bool exactly, float floor, uint32_t* staged) {
-  Kept kept = {n, floor, NO_ID};
+__device__ Cut keep_best(const Team& team, const Gallery& gallery, int64_t query, const Candidates& list, int n, int k,
+                         int room, bool exactly, float floor, uint32_t* staged) {
+  Cut cut = {n, floor, NO_ID};
   if (n > k) {
     if (staged)
       for (int i = team.rank; i < n; i += team.size) staged[i] = order_of(list.low[i]);
     team.sync();
-    kept.threshold = fmaxf(floor, value_of(kth_largest<uint32_t>(
-                                      team, n, k, [&](int i) { return staged ? staged[i] : order_of(list.low[i]); })));
+    cut.threshold = fmaxf(floor, value_of(kth_largest<uint32_t>(
+                                     team, n, k, [&](int i) { return staged ? staged[i] : order_of(list.low[i]); })));
   }
-  const float threshold = kept.threshold;
+  const float threshold = cut.threshold;
   int live = 0;
   for (int i = team.rank; i < n; i += team.size) live += list.high[i] >= threshold;
   live = team.sum(live);
   if (!exactly && live <= room) {
-    if (live < n) kept.n = move_kept(team, list, n, list, [&](int i) { return list.high[i] >= threshold; });
-    return kept;
+    if (live < n) cut.n = compact(team, list, n, list, [&](int i) { return list.high[i] >= threshold; });
+    return cut;
   }
   for (int i = team.warp; i < n; i += team.warps) {
     const float high = list.high[i];
@@ -174,7 +174,7 @@ __device__ Kept keep_best(const Team& team, const Gallery& gallery, int64_t quer
     if (live_one) {
       const uint32_t position = list.position[i];
       const Space& s = gallery.of(position);
-      score = score_of(s, query, s.query_terms[query], s.row(position - s.start), s.key_terms[position - s.start]);
+      score = score_of(s, query, s.query_factors[query], s.row(position - s.start), s.key_factors[position - s.start]);
     }
     __syncwarp();
     if (team.rank % 32 == 0) list.low[i] = list.high[i] = score > -CUDART_INF_F ? score : -CUDART_INF_F;  // not NaN
@@ -190,11 +190,11 @@ __device__ Kept keep_best(const Team& team, const Gallery& gallery, int64_t quer
   code_t last = 1;
   if (live >= k) {
     last = kth_largest<code_t>(team, n, k, code);
-    kept.threshold = score_of_code(last);
-    kept.last_id = id_of_code(last);
+    cut.threshold = score_of_code(last);
+    cut.last_id = id_of_code(last);
   }
-  kept.n = move_kept(team, list, n, list, [&](int i) { return code(i) >= last; });
-  return kept;
+  cut.n = compact(team, list, n, list, [&](int i) { return code(i) >= last; });
+  return cut;
 }
 
 }  // namespace fastcompat::cuda

@@ -19,8 +19,12 @@ struct Launch {
   void* scratch;              // 256-byte aligned, at least as large as the matching *_scratch says
 };
 
-// Why this device cannot run the kernels and what to do about it; empty where it can.
+// Why this device cannot run the kernels and what to do about it; empty where it can. Found out once per device.
 std::string unusable(int device);
+
+// The tier of kernels that the environment variable FASTCOMPAT_CUDA_TIER names, sm80 or sm90; empty where the device
+// decides. Throws std::invalid_argument for another name.
+std::string tier();
 
 // *_scratch: bytes of scratch the call wants, from shapes, dtypes and the device alone (pointers are not read, but
 // whether one is null may count; launch.scratch is ignored).

@@ -3,7 +3,7 @@
 //   c_ij = g_pos_i exp(z_ij - pos_lse_i) + g_sum_i     for its positives, 0 for its excluded key.
 // Rows are keys, columns queries; everything a query brings lies in shared memory, so no maximum and no rescaling.
 #pragma once
-#include "pairs_sm90.cuh"
+#include "logits_sm90.cuh"
 
 namespace fastcompat::cuda::sm90 {
 
@@ -11,24 +11,25 @@ template <class T>
 struct KeyCoefficients {
   static constexpr bool kHalf = std::is_same_v<T, fp16>;
 
-  Pairs pairs;
+  ProblemView problem;
   SoftmaxGrads grads;
   int64_t dim;
-  const float* power;  // fp16: what coefficients are multiplied by, a power of two that brings the largest to 2^14
-  T* dkeys;            // [N, D], or null with several splits
-  float* parts;        // [splits, N, D] then
-  float* dbias;        // [N] or null; [parts, N] with several parts
+  const float*
+      coefficient_scale;  // fp16: what coefficients are multiplied by, a power of two that brings the largest to 2^14
+  T* dkeys;               // [N, D], or null with several splits
+  float* parts;           // [splits, N, D] then
+  float* dbias;           // [N] or null; [parts, N] with several parts
 
   struct Column {
     float neg_lse, g_neg, pos_lse, g_pos, g_sum;
     int positive, exclude;
     uint32_t label[2];
   };
-  struct Seen {
+  struct Totals {
     float sum[2];  // of the coefficients of the thread's rows
     __device__ void clear() { sum[0] = sum[1] = 0.0f; }
   };
-  struct Rows {
+  struct RowState {
     int row;
     uint32_t label[2];  // the lower half
     float scale;
@@ -36,52 +37,52 @@ struct KeyCoefficients {
 
   __device__ bool columns_wanted() const { return true; }
   __device__ bool fill(Column& c, int query, int row0, int rows) const {
-    bool in = query < pairs.queries;
-    c.positive = pairs.index(pairs.positive, query, in);
-    c.exclude = pairs.index(pairs.exclude, query, in);
+    bool in = query < problem.queries;
+    c.positive = problem.index(problem.positive, query, in);
+    c.exclude = problem.index(problem.exclude, query, in);
     const bool here = static_cast<unsigned>(c.positive - row0) < static_cast<unsigned>(rows) ||
                       static_cast<unsigned>(c.exclude - row0) < static_cast<unsigned>(rows);
-    const float power = kHalf ? *this->power : 1.0f;
+    const float times = kHalf ? *coefficient_scale : 1.0f;
     // An empty set, or a query that names no key, has gradient 0 whatever arrives.
     float lse = in && grads.g_neg ? grads.neg_lse[query] : -CUDART_INF_F;
     bool empty = lse == -CUDART_INF_F;
     c.neg_lse = empty ? CUDART_INF_F : lse * kLog2E;
-    c.g_neg = empty ? 0.0f : grads.g_neg[query] * power;
+    c.g_neg = empty ? 0.0f : grads.g_neg[query] * times;
     lse = in && (grads.g_pos || grads.g_sum) ? grads.pos_lse[query] : -CUDART_INF_F;
     empty = lse == -CUDART_INF_F;
     c.pos_lse = empty || !grads.g_pos ? CUDART_INF_F : lse * kLog2E;
-    c.g_pos = empty || !grads.g_pos ? 0.0f : grads.g_pos[query] * power;
-    c.g_sum = empty || !grads.g_sum ? 0.0f : grads.g_sum[query] * power;
-    const int64_t label = in && pairs.query_labels ? pairs.query_labels[query] : -1;
+    c.g_pos = empty || !grads.g_pos ? 0.0f : grads.g_pos[query] * times;
+    c.g_sum = empty || !grads.g_sum ? 0.0f : grads.g_sum[query] * times;
+    const int64_t label = in && problem.query_labels ? problem.query_labels[query] : -1;
     c.label[0] = static_cast<uint32_t>(label);
     c.label[1] = static_cast<uint32_t>(label >> 32);
     return here;
   }
 
-  __device__ Rows begin(int row) const {
-    Rows r;
+  __device__ RowState begin(int row) const {
+    RowState r;
     r.row = row;
-    r.scale = pairs.full_scale() * kLog2E;
+    r.scale = problem.full_scale() * kLog2E;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       r.label[h] =
-          pairs.key_labels && row + 8 * h < pairs.keys ? static_cast<uint32_t>(pairs.key_labels[row + 8 * h]) : 0;
+          problem.key_labels && row + 8 * h < problem.keys ? static_cast<uint32_t>(problem.key_labels[row + 8 * h]) : 0;
     return r;
   }
 
   // s: products in, coefficients out. flags: whether a positive or excluded key of the columns lies in this block.
   template <int R>
-  __device__ __forceinline__ void tile(float (&s)[R], Rows& r, Seen& seen, int /*first*/, const Column* columns,
+  __device__ __forceinline__ void tile(float (&s)[R], RowState& r, Totals& totals, int /*first*/, const Column* columns,
                                        const int* flags) const {
-    exponentials(s, r, 1.0f, seen, columns, flags);
+    exponentials(s, r, 1.0f, totals, columns, flags);
   }
   // Exponents are cut off at 0: log-sum-exps were rounded on their way here, which huge logits would notice.
   template <int R>
-  __device__ __forceinline__ void exponentials(float (&s)[R], const Rows& r, float, Seen& seen, const Column* columns,
-                                               const int* flags) const {
+  __device__ __forceinline__ void exponentials(float (&s)[R], const RowState& r, float, Totals& totals,
+                                               const Column* columns, const int* flags) const {
     const int t2 = threadIdx.x % 4 * 2;
-    bool slow = pairs.bias || (flags[0] | flags[1] | flags[2]);
-    if (pairs.query_labels) {
+    bool slow = problem.bias || (flags[0] | flags[1] | flags[2]);
+    if (problem.query_labels) {
 #pragma unroll
       for (int i = 0; i < R; ++i) slow |= columns[i / 4 * 8 + t2 + (i & 1)].label[0] == r.label[i / 2 & 1];
     }
@@ -97,7 +98,7 @@ struct KeyCoefficients {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             float& x = s[4 * j + 2 * h + e];
-            x = g * exp2_unit(at_most_0(fmaf(x, r.scale, -lse)));
+            x = g * exp2_approx(at_most_0(fmaf(x, r.scale, -lse)));
           }
         }
     }
@@ -105,22 +106,22 @@ struct KeyCoefficients {
       float sum[2] = {};
 #pragma unroll
       for (int i = 0; i < R; ++i) sum[i / 2 & 1] += s[i];
-      seen.sum[0] += sum[0];
-      seen.sum[1] += sum[1];
+      totals.sum[0] += sum[0];
+      totals.sum[1] += sum[1];
     }
   }
 
   template <int R>
-  __device__ __forceinline__ void select(float (&s)[R], const Rows& r, const Column* columns) const {
+  __device__ __forceinline__ void select(float (&s)[R], const RowState& r, const Column* columns) const {
     uint32_t label[2][2] = {};
     bool labelled[2] = {};
     float bias[2] = {};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t row = r.row + 8 * h;
-      if (row >= pairs.keys) continue;
-      if (pairs.bias) bias[h] = pairs.bias[row] * kLog2E;
-      const int64_t own = pairs.key_label(row);
+      if (row >= problem.keys) continue;
+      if (problem.bias) bias[h] = problem.bias[row] * kLog2E;
+      const int64_t own = problem.key_label(row);
       labelled[h] = own >= 0;
       label[h][0] = static_cast<uint32_t>(own);
       label[h][1] = static_cast<uint32_t>(own >> 32);
@@ -131,7 +132,7 @@ struct KeyCoefficients {
       return labelled[h] && c.label[0] == label[h][0] && c.label[1] == label[h][1];
     };
     auto positive = [&](int i) {
-      return columns[i / 4 * 8 + (i & 1)].positive == r.row + (i & 2) * 4 || (!pairs.positive && same(i));
+      return columns[i / 4 * 8 + (i & 1)].positive == r.row + (i & 2) * 4 || (!problem.positive && same(i));
     };
     // Columns are read again in every pass: what was compared would not fit into registers.
 #pragma unroll
@@ -144,7 +145,7 @@ struct KeyCoefficients {
     for (int i = 0; i < R; ++i) {
       const Column& c = columns[i / 4 * 8 + (i & 1)];
       const bool p = positive(i);
-      s[i] = fmaf(p ? c.g_pos : c.g_neg, exp2_unit(at_most_0(s[i])), p ? c.g_sum : 0.0f);
+      s[i] = fmaf(p ? c.g_pos : c.g_neg, exp2_approx(at_most_0(s[i])), p ? c.g_sum : 0.0f);
     }
     __syncwarp();
 #pragma unroll
@@ -154,31 +155,32 @@ struct KeyCoefficients {
 
   // In three steps, as LogSumExp has them; there is no maximum to agree on.
   template <int R>
-  __device__ __forceinline__ float logits(float (&)[R], const Rows&, Seen&, int, const Column*,
+  __device__ __forceinline__ float logits(float (&)[R], const RowState&, Totals&, int, const Column*,
                                           float (&reached)[2]) const {
     reached[0] = reached[1] = 0.0f;
     return 1.0f;
   }
-  __device__ __forceinline__ void raise(Rows&, const float (&)[2]) const {}
+  __device__ __forceinline__ void raise(RowState&, const float (&)[2]) const {}
 
   template <int R>
-  __device__ __forceinline__ void correct(float (&)[R], const Rows&) const {}
+  __device__ __forceinline__ void correct(float (&)[R], const RowState&) const {}
 
-  __device__ void finish(const Rows& r, const Seen& seen, int part) const {
+  __device__ void finish(const RowState& r, const Totals& totals, int part) const {
     if (!dbias) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float sum = quad_sum(seen.sum[h]);
+      const float sum = quad_sum(totals.sum[h]);
       const int64_t row = r.row + 8 * h;
-      if (threadIdx.x % 4 == 0 && row < pairs.keys) dbias[part * pairs.keys + row] = kHalf ? sum / *power : sum;
+      if (threadIdx.x % 4 == 0 && row < problem.keys)
+        dbias[part * problem.keys + row] = kHalf ? sum / *coefficient_scale : sum;
     }
   }
   template <int R>
-  __device__ __forceinline__ void store(const float (&o)[R], const Rows& r, int split, int column0 = 0) const {
-    const float scale = kHalf ? pairs.full_scale() / *power : pairs.full_scale();
+  __device__ __forceinline__ void store(const float (&o)[R], const RowState& r, int split, int column0 = 0) const {
+    const float scale = kHalf ? problem.full_scale() / *coefficient_scale : problem.full_scale();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (r.row + 8 * h >= pairs.keys) continue;
+      if (r.row + 8 * h >= problem.keys) continue;
       const int64_t at = static_cast<int64_t>(r.row + 8 * h) * dim + column0 + threadIdx.x % 4 * 2;
 #pragma unroll
       for (int j = 0; j < R / 4; ++j) {
@@ -187,7 +189,7 @@ struct KeyCoefficients {
         if (dkeys)
           *reinterpret_cast<uint32_t*>(dkeys + at + j * 8) = pack<T>(a, b);
         else
-          *reinterpret_cast<float2*>(parts + split * pairs.keys * dim + at + j * 8) = make_float2(a, b);
+          *reinterpret_cast<float2*>(parts + split * problem.keys * dim + at + j * 8) = make_float2(a, b);
       }
     }
   }

@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(MERGE_THREADS)
   const Candidates all = p.lists.at(list * p.capacity);
   int n = p.counts[list];
   for (int s = 1; s < p.splits; ++s)
-    n += move_kept(team, all.at(static_cast<int64_t>(s) * p.capacity), p.counts[list + s], all.at(n),
-                   [](int) { return true; });
+    n += compact(team, all.at(static_cast<int64_t>(s) * p.capacity), p.counts[list + s], all.at(n),
+                 [](int) { return true; });
   n = keep_best(team, gallery, query, all, n, p.k, 0, true, -CUDART_INF_F, nullptr).n;
   n = min(n, p.k);
   float* scores = p.scores + query * p.wanted;

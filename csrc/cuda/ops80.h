@@ -9,6 +9,16 @@
 
 namespace fastcompat::cuda {
 
+// v, but the compiler may not know: what follows from it is computed here, not ahead of the loops around, where it
+// would hold a register all the way through.
+template <class V>
+__device__ __forceinline__ V opaque(V v) {
+#if !CUDA_ON_CPU
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 // Byte address inside the block's shared memory.
 __device__ __forceinline__ uint32_t smem_addr(const void* p CALLER) {
 #if CUDA_ON_CPU
@@ -57,10 +67,6 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
-__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma_m16n8k16<bf16>(d, a, b);
-}
-
 // 16 bytes from global to shared memory; the part past `bytes` becomes zero, and bytes = 0 never touches src.
 __device__ __forceinline__ void cp_async16(void* dst, const void* src, int bytes CALLER) {
 #if CUDA_ON_CPU
@@ -110,6 +116,5 @@ __device__ __forceinline__ uint32_t pack(float lo, float hi) {
   }
   return u;
 }
-__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) { return pack<bf16>(lo, hi); }
 
 }  // namespace fastcompat::cuda

@@ -3,8 +3,6 @@
 #include "ops80.h"
 #if CUDA_ON_CPU
 #include "ops90_on_cpu.h"
-#else
-#include <cudaTypedefs.h>
 #endif
 
 namespace fastcompat::cuda {
@@ -26,20 +24,20 @@ TensorMap make_tensor_map(const T* data, int64_t rows, int64_t cols, int box_row
 #if CUDA_ON_CPU
   return emu::make_tensor_map(data, rows, cols, box_rows, box_cols, stride);
 #else
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-        "cuTensorMapEncodeTiled");
-  const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  static const auto encode = DRIVER_FUNCTION(cuTensorMapEncodeTiled, 12000);
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
   const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(stride) * sizeof(T)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)}, step[2] = {1, 1};
   TensorMap map;
-  if (!encode ||
+  const CUresult status =
       encode(&map, std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
              const_cast<T*>(data), size, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled refused a matrix");
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    throw std::runtime_error("cuTensorMapEncodeTiled: CUDA driver error " + std::to_string(static_cast<int>(status)) +
+                             " for " + std::to_string(rows) + " rows of " + std::to_string(cols) + ", " +
+                             std::to_string(stride) + " apart, in boxes of " + std::to_string(box_rows) + " x " +
+                             std::to_string(box_cols));
   return map;
 #endif
 }
@@ -84,20 +82,8 @@ __device__ __forceinline__ void mbar_arrive_expect(uint64_t* bar, int bytes CALL
 #endif
 }
 
-// Arrives at the barrier in the same place of another block of the cluster.
-__device__ __forceinline__ void mbar_arrive_remote(uint64_t* bar, int rank CALLER) {
-#if CUDA_ON_CPU
-  emu::mbar_arrive_remote(bar, rank, caller);
-#else
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_addr(bar)),
-      "r"(rank)
-      : "memory");
-#endif
-}
-
-// The same where nothing was written that the other block reads, as when a buffer is given back: no fence.
+// Arrives at the barrier in the same place of another block of the cluster, to give a buffer back: without a fence,
+// since nothing was written that the other block reads.
 __device__ __forceinline__ void mbar_free_remote(uint64_t* bar, int rank CALLER) {
 #if CUDA_ON_CPU
   emu::mbar_arrive_remote(bar, rank, caller);
@@ -136,18 +122,7 @@ __device__ __forceinline__ void mbar_wait_cluster(uint64_t* bar, int parity CALL
 #endif
 }
 
-// ---- bulk copies by one thread; addresses and sizes are multiples of 16, their bytes arrive at bar
-__device__ __forceinline__ void bulk_copy(void* dst, const void* src, int bytes, uint64_t* bar CALLER) {
-#if CUDA_ON_CPU
-  emu::bulk_copy(dst, src, bytes, bar, caller);
-#else
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_addr(dst)),
-      "l"(src), "r"(bytes), "r"(smem_addr(bar))
-      : "memory");
-#endif
-}
-
+// ---- tensor copies by one thread; their bytes arrive at bar
 // One box whose first element is (row, col); dst is 1024-byte aligned.
 template <class T>
 __device__ __forceinline__ void tensor_copy(T* dst, const TensorMap& map, int col, int row, uint64_t* bar CALLER) {
@@ -177,39 +152,6 @@ __device__ __forceinline__ void tensor_copy_multicast(T* dst, const TensorMap& m
 #endif
 }
 
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
-#if CUDA_ON_CPU
-  (void)map;
-#else
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-#endif
-}
-
-// Shared to global memory; awaited by groups, like cp.async.
-__device__ __forceinline__ void bulk_store(void* dst, const void* src, int bytes CALLER) {
-#if CUDA_ON_CPU
-  emu::bulk_store(dst, src, bytes, caller);
-#else
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(smem_addr(src)), "r"(bytes)
-               : "memory");
-#endif
-}
-__device__ __forceinline__ void bulk_store_commit() {
-#if CUDA_ON_CPU
-  emu::bulk_store_commit();
-#else
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-#endif
-}
-template <int N>
-__device__ __forceinline__ void bulk_store_wait() {
-#if CUDA_ON_CPU
-  emu::bulk_store_wait(N);
-#else
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
-#endif
-}
-
 // ---- warp roles
 // Registers per thread, up or down, for a whole warpgroup; a multiple of 8.
 template <int N>
@@ -225,19 +167,12 @@ __device__ __forceinline__ void registers_down() {
 #endif
 }
 
-// Named barrier 1..15 (0 is __syncthreads) of `threads` threads: those that wait and those that only arrive.
+// Named barrier 1..15 (0 is __syncthreads) of `threads` threads.
 __device__ __forceinline__ void bar_sync(int id, int threads CALLER) {
 #if CUDA_ON_CPU
-  emu::named_barrier(id, threads, true, caller);
+  emu::named_barrier(id, threads, caller);
 #else
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
-}
-__device__ __forceinline__ void bar_arrive(int id, int threads CALLER) {
-#if CUDA_ON_CPU
-  emu::named_barrier(id, threads, false, caller);
-#else
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 #endif
 }
 
@@ -362,10 +297,8 @@ struct Wgmma;
   };
 WGMMA_SHAPE(64, 32, 32, 33, 34, 35, 36, 37, 38)
 WGMMA_SHAPE(80, 40, 40, 41, 42, 43, 44, 45, 46)
-WGMMA_SHAPE(96, 48, 48, 49, 50, 51, 52, 53, 54)
 WGMMA_SHAPE(128, 64, 64, 65, 66, 67, 68, 69, 70)
 WGMMA_SHAPE(160, 80, 80, 81, 82, 83, 84, 85, 86)
-WGMMA_SHAPE(176, 88, 88, 89, 90, 91, 92, 93, 94)
 WGMMA_SHAPE(192, 96, 96, 97, 98, 99, 100, 101, 102)
 WGMMA_SHAPE(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #endif
@@ -386,10 +319,6 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[R], uint64_t a, uint64_t b, 
 template <class T = bf16, int R>
 __device__ __forceinline__ void wgmma_ss_t(float (&d)[R], uint64_t a, uint64_t b, bool accumulate CALLER) {
   WGMMA(ss, 1);
-}
-template <class T = bf16, int R>
-__device__ __forceinline__ void wgmma_rs(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool accumulate CALLER) {
-  WGMMA(rs, 0);
 }
 template <class T = bf16, int R>
 __device__ __forceinline__ void wgmma_rs_t(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool accumulate CALLER) {

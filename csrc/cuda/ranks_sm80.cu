@@ -1,6 +1,5 @@
 // Pair scores and beat-counts on the portable tier.
 #include "ranks_sm80.cuh"
-#include "search_sm80.h"
 #include "segments_sm80.cuh"
 
 namespace fastcompat::cuda::sm80 {

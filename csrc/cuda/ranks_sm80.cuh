@@ -37,7 +37,7 @@ __device__ __forceinline__ int64_t count_below(const T* values, int64_t n, T x, 
 
 struct Beats {
   using Problem = BeatsProblem;
-  static constexpr bool settles = true;
+  static constexpr bool resolves = true;
   static constexpr size_t shared_bytes = TILE * sizeof(int64_t);
 
   const BeatsProblem& p;
@@ -70,7 +70,7 @@ struct Beats {
     return false;
   }
 
-  __device__ void settle(int row, int column, int64_t position, float score) {
+  __device__ void resolve(int row, int column, int64_t position, float score) {
     if (tid % 32 || !(score == score)) return;
     const int64_t query = first_query + row;
     count(query, count_below(p.codes + query * p.n_targets, p.n_targets, rank_code(score, space.row(position))),
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(THREADS) pair_kernel(const __grid_constant__ P
   const int64_t query = at / max(p.n_targets, static_cast<int64_t>(1));
   const bool first = threadIdx.x % 32 == 0;
   double wide;
-  RowTerms q = {}, k = {};
+  RowFactors q = {}, k = {};
   float square = squared_norm(p.segment.query, query, wide);
   set_factors(p.metric, false, square, wide, q);
   if (first && !is_finite(wide)) atomicMin(p.flag, BAD_QUERY + query);

@@ -14,12 +14,11 @@
 
 namespace fastcompat::cuda {
 
-constexpr int TILE = 128;  // positions of keys that share one KeyBounds
-constexpr int PIECE = 32;  // packed rows are padded to a multiple of this many columns
-constexpr uint32_t ALL_LANES = ~0u;
+constexpr int TILE = 128;           // positions of keys that share one KeyBounds
+constexpr int PIECE = 32;           // packed rows are padded to a multiple of this many columns
 using code_t = unsigned long long;  // what 64-bit atomics take
 
-struct alignas(16) RowTerms {
+struct alignas(16) RowFactors {
   float multiply, add;  // `add` is the lift where the norm is infinite, but with l2
   float norm;           // at least that of the row, and of what tensor cores see of it; infinite where it is extreme
   float residual;       // at least the norm of what they do not see
@@ -35,10 +34,10 @@ struct alignas(16) KeyBounds {
 struct Space {
   Segment segment;
   Metric metric;
-  int64_t start;                // positions of the segments before it
-  const RowTerms* query_terms;  // [B]
-  const RowTerms* key_terms;    // [count]
-  const KeyBounds* tiles;       // [count / TILE]
+  int64_t start;                    // positions of the segments before it
+  const RowFactors* query_factors;  // [B]
+  const RowFactors* key_factors;    // [count]
+  const KeyBounds* tiles;           // [count / TILE]
 
   __host__ __device__ int64_t row(int64_t position) const { return segment.rows ? segment.rows[position] : position; }
 };
@@ -47,7 +46,7 @@ struct Space {
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) x = __fadd_rn(x, __shfl_xor_sync(ALL_LANES, x, lanes));
+  for (int lanes = 16; lanes; lanes /= 2) x = __fadd_rn(x, __shfl_xor_sync(kAllLanes, x, lanes));
   return x;
 }
 
@@ -115,10 +114,10 @@ __device__ __forceinline__ float finish(float inner, float multiply, float add, 
   return __fadd_rn(__fmaf_rn(score > most ? most : score, s.segment.scale, s.segment.offset), 0.0f);
 }
 
-__device__ __forceinline__ float lift_of(const RowTerms& t) { return t.norm < CUDART_INF_F ? 1.0f : t.add; }
+__device__ __forceinline__ float lift_of(const RowFactors& t) { return t.norm < CUDART_INF_F ? 1.0f : t.add; }
 
-__device__ __forceinline__ float score_of(const Space& s, int64_t query, const RowTerms& q, int64_t row,
-                                          const RowTerms& k) {
+__device__ __forceinline__ float score_of(const Space& s, int64_t query, const RowFactors& q, int64_t row,
+                                          const RowFactors& k) {
   if (s.metric == Metric::l2) {
     const float square = sum_of(s.segment.query, query, s.segment.keys, row, [](float x, float y, float sum) {
       const float t = __fsub_rn(x, y);
@@ -138,6 +137,7 @@ __device__ __forceinline__ float score_of(const Space& s, int64_t query, const R
 __device__ __forceinline__ float squared_norm(const Matrix& m, int64_t row, double& wide) {
   const float square = sum_of(m, row, m, row, [](float x, float y, float sum) { return __fmaf_rn(x, y, sum); });
   wide = square;
+  // Within, no product has overflowed or lost bits to underflow that the sum would notice; NaN is not within.
   if (!(square > 1e-30f && square < 1e37f)) {
     wide = 0;
     for (int64_t d = threadIdx.x % 32 * 8; d < m.dim; d += 256) {
@@ -147,7 +147,7 @@ __device__ __forceinline__ float squared_norm(const Matrix& m, int64_t row, doub
       for (int e = 0; e < 8; ++e) wide += static_cast<double>(x[e]) * x[e];
     }
 #pragma unroll
-    for (int lanes = 16; lanes; lanes /= 2) wide += __shfl_xor_sync(ALL_LANES, wide, lanes);
+    for (int lanes = 16; lanes; lanes /= 2) wide += __shfl_xor_sync(kAllLanes, wide, lanes);
   }
   return square;
 }
@@ -158,35 +158,39 @@ __device__ __forceinline__ bool is_finite(double wide) { return wide <= 1.7e308;
 // that neither the sum nor what undoes this passes the range of floats where the score does not. 1 for other rows.
 __device__ __forceinline__ float lift_for(Metric metric, double wide) {
   if (!(wide > 0 && is_finite(wide)) || (wide > 1e-24 && wide < 1e24)) return 1;
-  const int norm = ilogb(wide) >> 1;
+  const int norm = ilogb(wide) >> 1;  // of the norm, rounded down
+  // ip: a row of norm 2^n is lifted to about 2^(n / 2), between 2^-38 and 2^38. cosine: to about 1; the factor itself
+  // stays a normal number.
   const int up = metric == Metric::ip ? min(max(norm / 2, -38), 38) - norm : min(max(-norm, -120), 120);
-  return __uint_as_float(static_cast<uint32_t>(up + 127) << 23);
+  return __uint_as_float(static_cast<uint32_t>(up + 127) << 23);  // 2^up: its exponent field alone
 }
 
 // Sets all but the residual; norm: infinity, or 0 to be added to.
-__device__ __forceinline__ void set_factors(Metric metric, bool key, float square, double wide, RowTerms& terms) {
-  terms = {1, 0, 0, 0};
+__device__ __forceinline__ void set_factors(Metric metric, bool key, float square, double wide, RowFactors& factors) {
+  factors = {1, 0, 0, 0};
   if (metric == Metric::l2) {
-    terms.multiply = key ? 2 : 1;
-    terms.add = -square;
+    factors.multiply = key ? 2 : 1;
+    factors.add = -square;
     return;
   }
   const float lift = lift_for(metric, wide);
   if (lift != 1) {
-    terms.norm = CUDART_INF_F;
-    terms.add = lift;
+    factors.norm = CUDART_INF_F;
+    factors.add = lift;
   }
   if (metric == Metric::cosine) {
     const double norm = sqrt(wide) * lift;
-    terms.multiply = norm > 0 ? static_cast<float>(1 / norm) : 0.0f;
+    factors.multiply = norm > 0 ? static_cast<float>(1 / norm) : 0.0f;
   } else {
-    terms.multiply = 1 / lift;
+    factors.multiply = 1 / lift;
   }
 }
 
 // ---- order
 
-// Floats in their order as integers; -inf is the smallest that value_of gives back.
+// Floats in their order as unsigned integers: a positive float's bits grow with it, so its sign bit is set to put it
+// above the negative ones, whose bits fall as they grow and are inverted. -inf is the smallest that value_of gives
+// back.
 __device__ __forceinline__ uint32_t order_of(float x) {
   const uint32_t u = __float_as_uint(x);
   return u >> 31 ? ~u : u | 0x80000000u;
@@ -216,19 +220,19 @@ __device__ __forceinline__ float accumulation_error(int64_t dim) { return (stati
 __device__ __forceinline__ float square_error(int64_t dim) { return (static_cast<float>(dim) / 8 + 64) * 0x1p-23f; }
 
 // Bound of |screened - exact| of `inner`, by Cauchy-Schwarz on what rounding left out, plus both accumulations' error,
-// products that underflow, and the rounding of inner itself.
-__device__ __forceinline__ float inner_error(const RowTerms& q, const KeyBounds& k, int64_t dim) {
+// products that underflow (2^-120 each), and the rounding of inner itself (2^-19 of its parts).
+__device__ __forceinline__ float inner_error(const RowFactors& q, const KeyBounds& k, int64_t dim) {
   const float product = q.norm * k.norm;
   return q.norm * k.residual + q.residual * k.norm + accumulation_error(dim) * product +
          static_cast<float>(dim) * 0x1p-120f * k.multiply + 0x1p-19f * (product + k.add) + square_error(dim) * k.add;
 }
 
-__device__ __forceinline__ KeyBounds bounds_of(const RowTerms& k) {
+__device__ __forceinline__ KeyBounds bounds_of(const RowFactors& k) {
   return {k.multiply * k.residual, k.multiply * k.norm, fabsf(k.add), k.multiply};
 }
 
 // The interval that holds the exact score of a pair whose screened `inner` is given; everything where nothing is sure.
-__device__ __forceinline__ void score_interval(float inner, const RowTerms& q, const RowTerms& k, const Space& s,
+__device__ __forceinline__ void score_interval(float inner, const RowFactors& q, const RowFactors& k, const Space& s,
                                                float& low, float& high) {
   const float screened = finish(inner, q.multiply, q.add, s);
   const float error = inner_error(q, bounds_of(k), s.segment.keys.dim);
@@ -244,7 +248,7 @@ __device__ __forceinline__ void score_interval(float inner, const RowTerms& q, c
 }
 
 // No key whose `inner` is below this by its error has a score of `threshold` or more.
-__device__ __forceinline__ float inner_level(float threshold, const RowTerms& q, const Space& s) {
+__device__ __forceinline__ float inner_level(float threshold, const RowFactors& q, const Space& s) {
   const float scale = s.segment.scale, offset = s.segment.offset;
   if (!(scale > 0 && q.multiply > 0)) return -CUDART_INF_F;
   const float level = ((threshold - offset) / scale - q.add) / q.multiply;
@@ -253,7 +257,7 @@ __device__ __forceinline__ float inner_level(float threshold, const RowTerms& q,
 }
 
 // The same for all keys of a tile as they are screened.
-__device__ __forceinline__ float limit_at(float level, const RowTerms& q, const KeyBounds& tile, const Space& s) {
+__device__ __forceinline__ float limit_at(float level, const RowFactors& q, const KeyBounds& tile, const Space& s) {
   const float limit = level - 1.001f * inner_error(q, tile, s.segment.keys.dim);
   return limit < 3e38f ? limit : -CUDART_INF_F;  // NaN: nothing is sure
 }

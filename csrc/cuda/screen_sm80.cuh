@@ -43,17 +43,18 @@ struct Screen {
 
 struct Shared {
   unsigned char* stages;
-  float* stash;            // [STASHED, THREADS], each thread's own
-  RowTerms *keys, *query;  // [TILE]
-  float* limits;           // [TILE]
-  unsigned char* rest;     // the reduction's own
+  float* stash;              // [STASHED, THREADS], each thread's own
+  RowFactors *keys, *query;  // [TILE]
+  float* limits;             // [TILE]
+  unsigned char* rest;       // the reduction's own
 
-  static constexpr size_t bytes = STAGES * STAGE_BYTES + STASHED * THREADS * 4 + 2 * TILE * sizeof(RowTerms) + TILE * 4;
+  static constexpr size_t bytes =
+      STAGES * STAGE_BYTES + STASHED * THREADS * 4 + 2 * TILE * sizeof(RowFactors) + TILE * 4;
 
   __device__ explicit Shared(unsigned char* smem) {
     stages = smem;
     stash = reinterpret_cast<float*>(stages + STAGES * STAGE_BYTES);
-    keys = reinterpret_cast<RowTerms*>(stash + STASHED * THREADS);
+    keys = reinterpret_cast<RowFactors*>(stash + STASHED * THREADS);
     query = keys + TILE;
     limits = reinterpret_cast<float*>(query + TILE);
     rest = reinterpret_cast<unsigned char*>(limits + TILE);
@@ -152,7 +153,7 @@ __device__ __forceinline__ void multiply_piece(const unsigned char* stage, const
 
 // Reduction: every thread enters start_tile(first, end), end_tile(), which is a barrier at least, and finish(). A
 // thread asks active() and threshold(), what a score must reach, of the row of its number; offer(row, column, position,
-// low, high) hears of one survivor and says whether it wants settle(row, column, position, score), which a whole warp
+// low, high) hears of one survivor and says whether it wants resolve(row, column, position, score), which a whole warp
 // enters.
 // report: screen_kernel 254 registers; HMMA.16816.F32*, LDSM.16.M88.4, LDGSTS.E.BYPASS.128*
 template <class T, class Reduction>
@@ -167,13 +168,13 @@ __global__ void __launch_bounds__(THREADS, 2)
   const int64_t begin = p.begin + split * p.per_split, end = min(begin + p.per_split, p.end);
 
   const bool has_query = first_query + tid < p.end_query;
-  const RowTerms query = has_query ? p.space.query_terms[first_query + tid] : RowTerms{0, 0, 0, 0};
+  const RowFactors query = has_query ? p.space.query_factors[first_query + tid] : RowFactors{0, 0, 0, 0};
   shared.query[tid] = query;
   Reduction reduction(problem, p, shared, first_query, split);
-  const RowTerms past_the_end = {0, -CUDART_INF_F, 0, 0};
-  auto terms_of = [&](int64_t at) { return at < end ? p.space.key_terms[at] : past_the_end; };
+  const RowFactors past_the_end = {0, -CUDART_INF_F, 0, 0};
+  auto terms_of = [&](int64_t at) { return at < end ? p.space.key_factors[at] : past_the_end; };
   auto tile_of = [&](int64_t at) { return p.space.tiles[min(at, p.end - 1) / TILE]; };
-  RowTerms next_terms = terms_of(begin + tid);  // fetched a tile ahead, as is
+  RowFactors next_terms = terms_of(begin + tid);  // fetched a tile ahead, as is
   KeyBounds next_tile = tile_of(begin);
   Stream stream(p, shared.stages, first_query, begin, end);
   for (int s = 0; s < STAGES - 1; ++s) stream.fetch();
@@ -200,6 +201,8 @@ __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int v = 0; v < 4; ++v) acc[i][j][v] = 0;
     for (int step = 0; step < steps; ++step) {
+      // A group of copies is committed each step, so all but the newest STAGES - 2 are this stage and those before. The
+      // barrier: every thread's part of it has arrived, and all have read the stage before, which fetch() overwrites.
       cp_async_wait<STAGES - 2>();
       __syncthreads();
       stream.fetch();
@@ -210,7 +213,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        const RowTerms& k = shared.keys[warp_columns + j * 8 + lane % 4 * 2 + v];
+        const RowFactors& k = shared.keys[warp_columns + j * 8 + lane % 4 * 2 + v];
         const float multiply = k.multiply, add = k.add;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(THREADS, 2)
       for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]));
       if (top >= shared.limits[warp_rows + r / 2 * 16 + r % 2 * 8 + lane / 4]) rows |= 1u << r;
     }
-    if (__any_sync(ALL_LANES, rows))
+    if (__any_sync(kAllLanes, rows))
 #pragma unroll 1
       for (int r = 0; r < 8; ++r) {
         const int row = warp_rows + r / 2 * 16 + r % 2 * 8 + lane / 4;
@@ -248,14 +251,14 @@ __global__ void __launch_bounds__(THREADS, 2)
             if (reduction.offer(row, column, first + column, low, high)) unsure |= 1u << e;
           }
         }
-        if (Reduction::settles)
-          for (uint32_t lanes = __ballot_sync(ALL_LANES, unsure); lanes; lanes &= lanes - 1) {
-            const int from = __ffs(lanes) - 1, its_row = __shfl_sync(ALL_LANES, row, from);
-            for (uint32_t left = __shfl_sync(ALL_LANES, unsure, from); left; left &= left - 1) {
+        if (Reduction::resolves)
+          for (uint32_t lanes = __ballot_sync(kAllLanes, unsure); lanes; lanes &= lanes - 1) {
+            const int from = __ffs(lanes) - 1, its_row = __shfl_sync(kAllLanes, row, from);
+            for (uint32_t left = __shfl_sync(kAllLanes, unsure, from); left; left &= left - 1) {
               const int e = __ffs(left) - 1, column = warp_columns + e / 2 * 8 + from % 4 * 2 + e % 2;
               const float score = score_of(p.space, first_query + its_row, shared.query[its_row],
                                            p.space.row(first + column), shared.keys[column]);
-              reduction.settle(its_row, column, first + column, score);
+              reduction.resolve(its_row, column, first + column, score);
             }
           }
       }

@@ -3,45 +3,20 @@
 #pragma once
 #include <algorithm>
 
-#include "row_terms.cuh"
+#include "row_factors.cuh"
+#include "scratch.h"
 #include "screen_sm80.cuh"
-#include "search_sm80.h"
+#include "splits.h"
+#include "tiers.h"
 
 namespace fastcompat::cuda::sm80 {
 
-// Parts of a call's scratch one after the other. With no memory it only counts.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : at_(reinterpret_cast<uintptr_t>(memory)), begin_(at_) {}
-  template <class T>
-  T* take(int64_t n) {
-    T* part = reinterpret_cast<T*>(at_);
-    at_ += (static_cast<size_t>(n) * sizeof(T) + 255) / 256 * 256;
-    return part;
-  }
-  size_t bytes() const { return at_ - begin_; }
-
- private:
-  uintptr_t at_, begin_;
-};
-
-// Into how many parts `tiles` tiles of keys are cut so that the blocks fill whole waves of the GPU.
+// Into how many splits `tiles` tiles of keys are cut.
 inline int splits_for(int64_t query_blocks, int64_t tiles, int device, int blocks_a_processor = 2) {
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device attribute");
-  const int64_t slots = blocks_a_processor * processors;
-  int64_t best = 1;
-  double best_fill = 0;
-  for (int64_t s = 1; s <= tiles / 4; ++s) {
-    const int64_t blocks = query_blocks * s, waves = (blocks + slots - 1) / slots;
-    const double fill = static_cast<double>(blocks) / static_cast<double>(waves * slots);
-    if (fill > best_fill + 0.02) {
-      best = s;
-      best_fill = fill;
-    }
-    if (fill > 0.9 || blocks >= 4 * slots) break;
-  }
-  return static_cast<int>(best);
+  SplitCosts costs;
+  costs.blocks_a_processor = blocks_a_processor;
+  costs.least_tiles = 4;
+  return static_cast<int>(choose_splits(query_blocks, tiles, device, costs).count);
 }
 
 inline int64_t tiles_in(int64_t rows) { return (rows + TILE - 1) / TILE; }
@@ -66,21 +41,21 @@ void run_screen(Screen screen, const typename Reduction::Problem& problem, int s
 // A segment's rows as the kernels want them.
 class SegmentScreen {
  public:
-  // `terms` of a float32 are kept. `queries` of the segment's queries are screened at a time. Where the tier cannot
-  // gather, listed rows are packed.
+  // `terms` of a float32 are kept. `queries` of the segment's queries are screened at a time. `gathers`: the tier reads
+  // rows wherever they lie; where it does not, listed rows and rows that overlap are packed too.
   SegmentScreen(const Segment& s, Metric metric, int number, int terms, int64_t start, int64_t queries, code_t* flag,
                 Scratch& scratch, bool gathers = true)
       : number_(number), terms_(s.keys.dtype == DType::f32 ? terms : 1), flag_(flag) {
     check_sizes(s);
-    auto* query_terms = scratch.take<RowTerms>(s.query.rows);
-    auto* key_terms = scratch.take<RowTerms>(s.count);
+    auto* query_factors = scratch.take<RowFactors>(s.query.rows);
+    auto* key_factors = scratch.take<RowFactors>(s.count);
     tiles_ = scratch.take<KeyBounds>(tiles_in(s.count));
-    space_ = {s, metric, start, query_terms, key_terms, tiles_};
-    query_terms_ = query_terms;
-    key_terms_ = key_terms;
+    space_ = {s, metric, start, query_factors, key_factors, tiles_};
+    query_factors_ = query_factors;
+    key_factors_ = key_factors;
     block_ = std::max<int64_t>(s.count, 1);
-    if (!readable(s.query)) query_packed_ = scratch.take<uint16_t>(queries * packed_columns());
-    if (!readable(s.keys) || (s.rows && !gathers)) {
+    if (!readable(s.query, gathers)) query_packed_ = scratch.take<uint16_t>(queries * packed_columns());
+    if (!readable(s.keys, gathers) || (s.rows && !gathers)) {
       const int64_t fit = limits.packed_bytes / 2 / std::max<int64_t>(packed_columns(), 1) / TILE * TILE;
       block_ = std::min(block_, std::max<int64_t>(fit, TILE));
       keys_packed_ = scratch.take<uint16_t>(block_ * packed_columns());
@@ -93,16 +68,17 @@ class SegmentScreen {
 
   void read_queries(int64_t first, int64_t end, void* stream) const {
     read_rows({space_.segment.query, nullptr, first, end, space_.metric, false, flag_,
-               nonfinite_code(number_, false, 0), nullptr, nullptr, query_terms_, nullptr, query_packed_, terms_},
+               nonfinite_code(number_, false, 0), nullptr, nullptr, query_factors_, nullptr, query_packed_, terms_},
               stream);
   }
 
   // Only keys at positions [*checked_first, *checked_end) are checked for NaN and infinity; null: all.
   void read_keys(int64_t first, int64_t end, const int64_t* checked_first, const int64_t* checked_end,
                  void* stream) const {
-    read_rows({space_.segment.keys, space_.segment.rows, first, end, space_.metric, true, flag_,
-               nonfinite_code(number_, true, 0), checked_first, checked_end, key_terms_, tiles_, keys_packed_, terms_},
-              stream);
+    read_rows(
+        {space_.segment.keys, space_.segment.rows, first, end, space_.metric, true, flag_,
+         nonfinite_code(number_, true, 0), checked_first, checked_end, key_factors_, tiles_, keys_packed_, terms_},
+        stream);
   }
 
   // These queries against these keys, not yet cut into blocks.
@@ -122,8 +98,9 @@ class SegmentScreen {
   }
 
  private:
-  static bool readable(const Matrix& m) {
-    return m.dtype != DType::f32 && m.stride % 8 == 0 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+  static bool readable(const Matrix& m, bool gathers) {
+    return (gathers || m.stride >= m.dim) && m.dtype != DType::f32 && m.stride % 8 == 0 &&
+           reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
   }
   int64_t packed_columns() const { return terms_ * padded_columns(space_.segment.keys.dim); }
   Operand operand(const Matrix& m, const int64_t* rows, const uint16_t* packed, int64_t first) const {
@@ -135,7 +112,7 @@ class SegmentScreen {
   Space space_ = {};
   int number_, terms_;
   code_t* flag_;
-  RowTerms *query_terms_, *key_terms_;
+  RowFactors *query_factors_, *key_factors_;
   KeyBounds* tiles_;
   uint16_t *query_packed_ = nullptr, *keys_packed_ = nullptr;
   int64_t block_;

@@ -7,12 +7,6 @@
 
 namespace fastcompat::cuda::sm80 {
 
-// What a query brings to its coefficients, made harmless where its set is empty: lse +inf, gradient 0.
-struct alignas(16) QueryTerms {
-  float neg_lse, g_neg, pos_lse, g_pos, g_sum, unused;
-  int64_t label, positive, exclude;
-};
-
 struct GradientArgs {
   Walk walk;
   bool positives_only;  // no gradient of neg_lse arrives
@@ -21,8 +15,8 @@ struct GradientArgs {
   const float* scale_factor;
   const float* bias;
   const int64_t* key_labels;
-  const QueryTerms* terms;         // [B]
-  const float* coefficient_scale;  // the terms' gradients hold this power of two; null: 1
+  const QueryInfo* queries;        // [B]
+  const float* coefficient_scale;  // gradients in queries hold this power of two; null: 1
   void* out;                       // [splits, rows of X, D] or null
   DType out_dtype;
   bool scale_out;       // out is final: times scale
@@ -34,7 +28,7 @@ struct GradientMemory {
   static constexpr int TN = kScores / TM, WN = TN / 32;
   union {
     KeyInfo<TM> keys;
-    QueryTerms queries[TM];
+    QueryInfo queries[TM];
   };
   float row_sum[4][kThreads];  // of each thread's rows
   unsigned wanted[256];        // a bit for each tile
@@ -43,7 +37,7 @@ struct GradientMemory {
 constexpr int kMostSkippable = 256 * 32;  // tiles of a split
 
 template <int TM, bool KEYS_STAY>  // else queries stay
-struct GradientPairs {
+struct GradientReduction {
   static constexpr int TN = kScores / TM;
   const GradientArgs& a;
   GradientMemory<TM>& memory;
@@ -56,36 +50,36 @@ struct GradientPairs {
   }
   __device__ __forceinline__ void load(unsigned char* info, int64_t row) const {
     if constexpr (KEYS_STAY) {
-      constexpr int cells = sizeof(QueryTerms) / 16;
-      const char* terms = reinterpret_cast<const char*>(a.terms + row);
+      constexpr int cells = sizeof(QueryInfo) / 16;
+      const char* queries = reinterpret_cast<const char*>(a.queries + row);
       for (int n = threadIdx.x; n < TN * cells; n += kThreads) {
         const bool inside = row + n / cells < a.walk.y.rows;
-        cp_async16(info + n * 16, inside ? terms + n * 16 : nullptr, inside ? 16 : 0);
+        cp_async16(info + n * 16, inside ? queries + n * 16 : nullptr, inside ? 16 : 0);
       }
     } else {
       load_keys<TN>(info, a.key_labels, a.bias, row, a.walk.y.rows);
     }
   }
 
-  __device__ __forceinline__ float coefficient(float score, const QueryTerms& q, float bias, int64_t key_label,
+  __device__ __forceinline__ float coefficient(float score, const QueryInfo& q, float bias, int64_t key_label,
                                                bool chosen, bool left_out) const {
     const float z = fmaf(score, scale, bias);
     const bool same = q.label == key_label;
-    const float c = fmaf(same ? q.g_pos : q.g_neg, share(z, same ? q.pos_lse : q.neg_lse), same ? q.g_sum : 0.0f);
+    const float c = fmaf(same ? q.g_pos : q.g_neg, probability(z, same ? q.pos_lse : q.neg_lse), same ? q.g_sum : 0.0f);
     if (left_out || (same && ((a.by_index && !chosen) || z == -CUDART_INF_F))) return 0.0f;
     return chosen ? q.g_pos + q.g_sum : c;  // a positive given by its index is the whole set: its softmax is 1
   }
 
   __device__ __forceinline__ void apply(float (&s)[2][4][4], float (&factor)[4], const unsigned char* info,
                                         int64_t tile) {
-    const Place<TM> at(afresh(threadIdx.x));
+    const Place<TM> at(opaque(threadIdx.x));
     const int64_t y0 = tile * TN, count = min(int64_t{TN}, a.walk.y.rows - y0);
     if constexpr (KEYS_STAY) {
-      const QueryTerms* queries = reinterpret_cast<const QueryTerms*>(info);
+      const QueryInfo* queries = reinterpret_cast<const QueryInfo*>(info);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const int c = at.column(n);
-        const QueryTerms q = queries[c];
+        const QueryInfo q = queries[c];
         const int chosen = place_of(q.positive, x0(), TM), left_out = place_of(q.exclude, x0(), TM);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
@@ -103,7 +97,7 @@ struct GradientPairs {
       const KeyInfo<TN>& keys = *reinterpret_cast<const KeyInfo<TN>*>(info);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const QueryTerms& q = memory.queries[at.row(r)];
+        const QueryInfo& q = memory.queries[at.row(r)];
         const int64_t label = q.label;
         const int left_out = place_of(q.exclude, y0, count);
         const float pos_lse = q.pos_lse, g_pos = q.g_pos, g_sum = q.g_sum;
@@ -114,7 +108,7 @@ struct GradientPairs {
           const bool positive = label == max(keys.label[c], kNoKeyLabel) && c < count && c != left_out;
           float& x = part(s, r, n);
           const float product = x, z = fmaf(product, scale, a.bias ? keys.bias[c] : 0.0f);
-          x = positive && z != -CUDART_INF_F ? fmaf(g_pos, share(z, pos_lse), g_sum) : 0.0f;
+          x = positive && z != -CUDART_INF_F ? fmaf(g_pos, probability(z, pos_lse), g_sum) : 0.0f;
           if (x != 0.0f) dot = fmaf(x, product, dot);
         }
         if (a.out_row_sums) memory.row_sum[r][threadIdx.x] += dot;
@@ -132,9 +126,9 @@ struct GradientPairs {
     for (int64_t y = first + threadIdx.x; y < last; y += kThreads) {
       bool found = false;
       if (KEYS_STAY && a.by_index) {
-        found = place_of(a.terms[y].positive, x0(), TM) >= 0;
+        found = place_of(a.queries[y].positive, x0(), TM) >= 0;
       } else {
-        const int64_t label = KEYS_STAY ? a.terms[y].label : a.key_labels[y];
+        const int64_t label = KEYS_STAY ? a.queries[y].label : a.key_labels[y];
         if (label >= 0)
           for (int n = 0; n < TM && !found; ++n)
             found = label == (KEYS_STAY ? memory.keys.label[n] : memory.queries[n].label);
@@ -152,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_tiles(const __grid_const
   DYN_SMEM(smem);
   using Memory = GradientMemory<TM>;
   Memory& memory = *reinterpret_cast<Memory*>(smem + a.walk.own_at);
-  GradientPairs<TM, KEYS_STAY> pairs{a, memory, scale_of(a.scale, a.scale_factor)};
-  TileWalk<F, TM, GradientPairs<TM, KEYS_STAY>> walk(a.walk, smem, pairs);
+  GradientReduction<TM, KEYS_STAY> reduction{a, memory, scale_of(a.scale, a.scale_factor)};
+  TileWalk<F, TM, GradientReduction<TM, KEYS_STAY>> walk(a.walk, smem, reduction);
   const int64_t rows = a.walk.x.rows;
   for (int n = threadIdx.x; n < TM; n += kThreads) {
     const int64_t row = walk.x0() + n;
@@ -161,14 +155,14 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_tiles(const __grid_const
       memory.keys.bias[n] = row < rows && a.bias ? a.bias[row] : 0.0f;
       memory.keys.label[n] = row < rows && a.key_labels && a.key_labels[row] >= 0 ? a.key_labels[row] : kNoKeyLabel;
     } else if (row < rows) {
-      memory.queries[n] = a.terms[row];
+      memory.queries[n] = a.queries[row];
     } else {
       memory.queries[n] = {0, 0, 0, 0, 0, 0, kNoQueryLabel, -1, -1};
     }
   }
   for (int r = 0; r < 4; ++r) memory.row_sum[r][threadIdx.x] = 0.0f;
   __syncthreads();
-  if (a.positives_only) pairs.find_positives(walk.first(), walk.tiles);
+  if (a.positives_only) reduction.find_positives(walk.first(), walk.tiles);
 
   float o[F::groups][2][4][4];
   for (auto& group : o) clear(group);
@@ -177,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_tiles(const __grid_const
   const float back = a.coefficient_scale ? 1.0f / *a.coefficient_scale : 1.0f;
   const Place<TM> at(threadIdx.x);
   if (a.out) {
-    const float factor = a.scale_out ? back * pairs.scale : back;
+    const float factor = a.scale_out ? back * reduction.scale : back;
     const int64_t base = blockIdx.y * rows * a.walk.dim;
 #pragma unroll
     for (int group = 0; group < F::groups; ++group)

@@ -2,63 +2,38 @@
 // from shapes, dtype and device alone.
 #include <algorithm>
 
-#include "softmax_rows_sm80.cuh"
-#include "softmax_sm80.h"
+#include "scratch.h"
+#include "softmax_grad_sm80.cuh"
+#include "softmax_stats_sm80.cuh"
+#include "splits.h"
+#include "tiers.h"
 
 namespace fastcompat::cuda::sm80 {
 namespace {
 
-constexpr int64_t kFewRows = 64;    // so few rows of X fill the narrow tile only
-constexpr int64_t kLeastTiles = 4;  // of a split
-constexpr int64_t kMostWaves = 4;   // blocks per multiprocessor that splitting may make
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kFewRows = 64;  // so few rows of X fill the narrow tile only
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
-  return value;
-}
-
-// Places of arrays in scratch, in the order they are asked for.
-struct Scratch {
-  size_t bytes = 0;
-  size_t take(size_t count) {
-    const size_t at = bytes;
-    bytes += (count + 255) / 256 * 256;
-    return at;
-  }
-};
-template <class T>
-T* at(const Launch& launch, size_t place) {
-  return reinterpret_cast<T*>(static_cast<char*>(launch.scratch) + place);
-}
-
 // A matrix as the tiles read it: in place, or rounded into scratch.
-struct Operand {
+struct TileMatrix {
   const Matrix& matrix;
   int terms;
   bool packed;
   int64_t stride;
-  size_t place = 0;
+  uint16_t* rounded = nullptr;  // where it is rounded to
 
-  Operand(const Matrix& m, int terms, Scratch& scratch) : matrix(m), terms(terms) {
+  TileMatrix(const Matrix& m, int terms, Scratch& scratch) : matrix(m), terms(terms) {
     const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && (m.stride % 8 == 0 || m.rows <= 1);
     packed = m.dtype == DType::f32 || !aligned;
     stride = packed ? round_up(m.dim, 8) : m.stride;
-    if (packed) place = scratch.take(terms * plane() * 2);
+    if (packed) rounded = scratch.take<uint16_t>(terms * plane());
   }
   int64_t plane() const { return matrix.rows * stride; }
 
-  Planes planes(const Launch& launch) const {
+  Planes planes(void* stream) const {
     if (!packed) return {static_cast<const uint16_t*>(matrix.data), matrix.rows, stride, 0};
-    uint16_t* to = at<uint16_t>(launch, place);
-    const int64_t cells = plane() / 8;
-    if (cells)
-      cuda::launch(pack_rows, dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(cells, kRowThreads), 1 << 20))),
-                   dim3(kRowThreads), 0, launch.stream, matrix, terms, to, stride, plane());
-    return {to, matrix.rows, stride, plane()};
+    pack_rows(matrix, terms, rounded, stride, plane(), stream);
+    return {rounded, matrix.rows, stride, plane()};
   }
 };
 
@@ -73,30 +48,33 @@ bool wide_sums(int64_t x_rows, int64_t dim, int terms) {
 }
 
 // How X stays and Y streams: tile, splits, shared memory.
-struct Plan {
+struct Tiling {
   bool wide;
   int64_t x_tiles, splits, slices;
   Walk walk{};
   size_t smem;
 
   // Tiles of 128 rows of X by 64 of Y where wide, else 64 by 128.
-  Plan(int64_t x_rows, int64_t y_rows, int64_t dim, int terms, bool sums, bool wide, int info_row, int own[2],
-       int device, int64_t most_tiles = int64_t{1} << 30)
+  Tiling(int64_t x_rows, int64_t y_rows, int64_t dim, int terms, bool sums, bool wide, int info_row, int own[2],
+         int device, int64_t most_tiles = int64_t{1} << 30)
       : wide(wide) {
     const int64_t groups = terms > 1 ? SplitFloat::groups : Bf16::groups;
     const int64_t tm = wide ? 128 : 64, tn = kScores / tm;
-    const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, device);
-    const int64_t y_tiles = ceil_div(y_rows, tn);
     x_tiles = ceil_div(x_rows, tm);
     slices = sums ? ceil_div(dim, groups * tn) : 1;
-    cut(y_tiles, processors, most_tiles);
+    SplitCosts costs;
+    costs.least_tiles = 4;
+    costs.most_tiles = most_tiles;
+    const Splits cuts = choose_splits(x_tiles * slices, ceil_div(y_rows, tn), device, costs);
+    splits = cuts.count;
+    walk.split_tiles = static_cast<int>(cuts.tiles);
 
     walk.dim = static_cast<int>(dim);
     walk.terms = terms;
     walk.sums = sums;
     const int pieces = static_cast<int>(ceil_div(dim, kPiece));
     const int x_bytes = terms * pieces * static_cast<int>(tm) * kPiece * 2;
-    const size_t limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const size_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     for (const bool resident : {true, false})
       for (const int stages : {3, 2}) {
         walk.resident = resident;
@@ -117,121 +95,102 @@ struct Plan {
   dim3 grid() const {
     return dim3(static_cast<unsigned>(x_tiles), static_cast<unsigned>(splits), static_cast<unsigned>(slices));
   }
-
- private:
-  // The number of splits that ends first when every multiprocessor takes one block after the other.
-  void cut(int64_t y_tiles, int64_t processors, int64_t most_tiles) {
-    const int64_t blocks = std::max<int64_t>(1, x_tiles * slices);
-    const int64_t least = std::max<int64_t>(1, ceil_div(y_tiles, most_tiles));
-    const int64_t most = std::min(y_tiles / kLeastTiles, kMostWaves * processors / blocks);
-    int64_t best = least, best_time = INT64_MAX;
-    for (int64_t s = least; s <= std::max(least, most); ++s) {
-      const int64_t time = ceil_div(blocks * s, processors) * (ceil_div(y_tiles, s) + 1);
-      if (time < best_time) best = s, best_time = time;
-    }
-    walk.split_tiles = static_cast<int>(std::max<int64_t>(1, ceil_div(y_tiles, best)));
-    splits = std::max<int64_t>(1, ceil_div(y_tiles, walk.split_tiles));
-  }
 };
-
-dim3 row_blocks(int64_t rows) { return dim3(static_cast<unsigned>(ceil_div(rows, kBlockRows))); }
 
 // ---- statistics
 
-struct StatsPlan {
+struct StatsCall {
   Scratch scratch;
   int terms;
-  Operand query, keys;
-  Plan plan;
-  size_t parts, sums = 0;
+  TileMatrix query, keys;
+  Tiling tiling;
+  RowPart* parts;
+  float* sums = nullptr;
 
-  StatsPlan(const SoftmaxProblem& p, bool want_mean, const Launch& launch)
-      : terms(terms_of(p.query.dtype, launch.precision)),
+  // memory: the call's scratch, or null where only its size is asked for
+  StatsCall(const SoftmaxProblem& p, bool want_mean, const Launch& launch, void* memory)
+      : scratch(memory),
+        terms(terms_of(p.query.dtype, launch.precision)),
         query(p.query, terms, scratch),
         keys(p.keys, terms, scratch),
-        plan(make(p, want_mean, terms, launch.device)) {
-    parts = scratch.take(plan.splits * p.query.rows * sizeof(RowPart));
-    if (want_mean) sums = scratch.take(plan.splits * p.query.rows * p.query.dim * sizeof(float));
+        tiling(make(p, want_mean, terms, launch.device)) {
+    parts = scratch.take<RowPart>(tiling.splits * p.query.rows);
+    if (want_mean) sums = scratch.take<float>(tiling.splits * p.query.rows * p.query.dim);
   }
 
  private:
-  static Plan make(const SoftmaxProblem& p, bool want_mean, int terms, int device) {
+  static Tiling make(const SoftmaxProblem& p, bool want_mean, int terms, int device) {
     int own[2] = {sizeof(StatsMemory<64>), sizeof(StatsMemory<128>)};
-    return Plan(p.query.rows, p.keys.rows, p.query.dim, terms, want_mean,
-                !want_mean || wide_sums(p.query.rows, p.query.dim, terms), sizeof(KeyInfo<1>), own, device);
+    return Tiling(p.query.rows, p.keys.rows, p.query.dim, terms, want_mean,
+                  !want_mean || wide_sums(p.query.rows, p.query.dim, terms), sizeof(KeyInfo<1>), own, device);
   }
 };
 
 using StatsKernel = void (*)(StatsArgs);
 template <class F>
-StatsKernel stats_kernel(const Plan& plan, bool sums) {
+StatsKernel stats_kernel(const Tiling& tiling, bool sums) {
   if (!sums) return softmax_tiles<F, 128, false>;
   if constexpr (!F::split)
-    if (plan.wide) return softmax_tiles<F, 128, true>;
+    if (tiling.wide) return softmax_tiles<F, 128, true>;
   return softmax_tiles<F, 64, true>;
 }
 
 // ---- gradients
 
 // Coefficients of all pairs (keys stay) or of positives (queries stay).
-struct GradientPlan {
+struct GradientCall {
   Scratch scratch;
   int terms;
   bool keys_stay;
-  Operand query, keys;
-  Plan plan;
-  size_t query_terms, coefficient_scale, sums = 0, row_sums = 0;
+  TileMatrix query, keys;
+  Tiling tiling;
+  QueryInfo* query_info;
+  float *coefficient_scale = nullptr, *sums = nullptr, *row_sums = nullptr;
 
-  GradientPlan(const SoftmaxProblem& p, bool keys_stay, bool positives_only, bool want_sums, bool want_row_sums,
-               const Launch& launch)
-      : terms(terms_of(p.query.dtype, launch.precision)),
+  GradientCall(const SoftmaxProblem& p, bool keys_stay, bool positives_only, bool want_sums, bool want_row_sums,
+               const Launch& launch, void* memory)
+      : scratch(memory),
+        terms(terms_of(p.query.dtype, launch.precision)),
         keys_stay(keys_stay),
         query(p.query, terms, scratch),
         keys(p.keys, terms, scratch),
-        plan(make(p, keys_stay, positives_only, want_sums, terms, launch.device)) {
-    query_terms = scratch.take(p.query.rows * sizeof(QueryTerms));
-    coefficient_scale = scratch.take(sizeof(float));
-    const int64_t rows = plan.splits * (keys_stay ? p.keys.rows : p.query.rows);
-    if (want_sums && partial()) sums = scratch.take(rows * p.query.dim * sizeof(float));
-    if (want_row_sums && partial()) row_sums = scratch.take(rows * sizeof(float));
+        tiling(make(p, keys_stay, positives_only, want_sums, terms, launch.device)) {
+    query_info = scratch.take<QueryInfo>(p.query.rows);
+    if (p.query.dtype == DType::f16) coefficient_scale = scratch.take<float>(1);
+    const int64_t rows = tiling.splits * (keys_stay ? p.keys.rows : p.query.rows);
+    if (want_sums && partial()) sums = scratch.take<float>(rows * p.query.dim);
+    if (want_row_sums && partial()) row_sums = scratch.take<float>(rows);
   }
-  bool partial() const { return !keys_stay || plan.splits > 1; }
+  bool partial() const { return !keys_stay || tiling.splits > 1; }
 
  private:
-  static Plan make(const SoftmaxProblem& p, bool keys_stay, bool positives_only, bool want_sums, int terms,
-                   int device) {
+  static Tiling make(const SoftmaxProblem& p, bool keys_stay, bool positives_only, bool want_sums, int terms,
+                     int device) {
     int own[2] = {sizeof(GradientMemory<64>), sizeof(GradientMemory<128>)};
     const int64_t B = p.query.rows, N = p.keys.rows;
-    return Plan(keys_stay ? N : B, keys_stay ? B : N, p.query.dim, terms, want_sums,
-                keys_stay && wide_sums(N, p.query.dim, terms), keys_stay ? sizeof(QueryTerms) : sizeof(KeyInfo<1>), own,
-                device, positives_only ? kMostSkippable : int64_t{1} << 30);
+    return Tiling(keys_stay ? N : B, keys_stay ? B : N, p.query.dim, terms, want_sums,
+                  keys_stay && wide_sums(N, p.query.dim, terms), keys_stay ? sizeof(QueryInfo) : sizeof(KeyInfo<1>),
+                  own, device, positives_only ? kMostSkippable : int64_t{1} << 30);
   }
 };
 
 using GradientKernel = void (*)(GradientArgs);
 template <class F>
-GradientKernel gradient_kernel(const GradientPlan& g) {
+GradientKernel gradient_kernel(const GradientCall& g) {
   if (!g.keys_stay) return gradient_tiles<F, 64, false>;
   if constexpr (!F::split)
-    if (g.plan.wide) return gradient_tiles<F, 128, true>;
+    if (g.tiling.wide) return gradient_tiles<F, 128, true>;
   return gradient_tiles<F, 64, true>;
 }
 
-void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxGrads& grads, void* out, float* row_sums,
+void run_gradient(const SoftmaxProblem& p, const GradientCall& g, const SoftmaxGrads& grads, void* out, float* row_sums,
                   const Launch& launch) {
   const bool half = p.query.dtype == DType::f16;
-  TermsArgs terms{grads,      p.query.rows, p.keys.rows, p.query_labels,
-                  p.positive, p.exclude,    nullptr,     at<QueryTerms>(launch, g.query_terms)};
-  if (half) {
-    terms.coefficient_scale = at<float>(launch, g.coefficient_scale);
-    cuda::launch(find_coefficient_scale, dim3(1), dim3(1024), sizeof(int), launch.stream, terms);
-  }
-  if (p.query.rows)
-    cuda::launch(make_terms, dim3(static_cast<unsigned>(ceil_div(p.query.rows, kRowThreads))), dim3(kRowThreads), 0,
-                 launch.stream, terms);
+  if (half) find_coefficient_scale(p, grads, g.coefficient_scale, launch.stream);
+  if (p.query.rows) make_query_info(p, grads, g.coefficient_scale, g.query_info, launch.stream);
   GradientArgs a{};
-  a.walk = g.plan.walk;
-  const Planes query = g.query.planes(launch), keys = g.keys.planes(launch);
+  a.walk = g.tiling.walk;
+  const Planes query = g.query.planes(launch.stream), keys = g.keys.planes(launch.stream);
   a.walk.x = g.keys_stay ? keys : query;
   a.walk.y = g.keys_stay ? query : keys;
   a.positives_only = !g.keys_stay || !grads.g_neg;
@@ -240,8 +199,8 @@ void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxG
   a.scale_factor = launch.scale_factor;
   a.bias = p.bias;
   a.key_labels = p.query_labels ? p.key_labels : nullptr;
-  a.terms = terms.out;
-  a.coefficient_scale = terms.coefficient_scale;
+  a.queries = g.query_info;
+  a.coefficient_scale = g.coefficient_scale;
   a.out = out;
   a.out_dtype = g.partial() ? DType::f32 : p.keys.dtype;
   a.scale_out = !g.partial();
@@ -249,34 +208,34 @@ void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxG
   const GradientKernel kernel = g.terms > 1 ? gradient_kernel<SplitFloat>(g)
                                 : half      ? gradient_kernel<Fp16>(g)
                                             : gradient_kernel<Bf16>(g);
-  cuda::launch(kernel, g.plan.grid(), dim3(kThreads), g.plan.smem, launch.stream, a);
+  cuda::launch(kernel, g.tiling.grid(), dim3(kThreads), g.tiling.smem, launch.stream, a);
 }
 
 // The positives' share of the query gradient takes a pass over tiles where positives are found by label.
 bool wants_positives(const SoftmaxProblem& p, const SoftmaxGrads& grads) {
   return !p.positive && p.query_labels && (grads.g_pos || grads.g_sum);
 }
-GradientPlan query_plan(const SoftmaxProblem& p, const Launch& launch) {
-  return GradientPlan(p, false, true, true, true, launch);
+GradientCall query_call(const SoftmaxProblem& p, const Launch& launch, void* memory) {
+  return GradientCall(p, false, true, true, true, launch, memory);
 }
-GradientPlan key_plan(const SoftmaxProblem& p, const SoftmaxGrads& grads, bool want_keys, bool want_bias,
-                      const Launch& launch) {
-  return GradientPlan(p, true, !grads.g_neg, want_keys, want_bias, launch);
+GradientCall key_call(const SoftmaxProblem& p, const SoftmaxGrads& grads, bool want_keys, bool want_bias,
+                      const Launch& launch, void* memory) {
+  return GradientCall(p, true, !grads.g_neg, want_keys, want_bias, launch, memory);
 }
 
 }  // namespace
 
 size_t softmax_stats_scratch(const SoftmaxProblem& p, bool want_mean, const Launch& launch) {
-  return StatsPlan(p, want_mean, launch).scratch.bytes;
+  return StatsCall(p, want_mean, launch, nullptr).scratch.bytes();
 }
 
 void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Launch& launch) {
   if (p.query.rows == 0) return;
-  const StatsPlan s(p, out.mean, launch);
+  const StatsCall s(p, out.mean, launch, launch.scratch);
   StatsArgs a{};
-  a.walk = s.plan.walk;
-  a.walk.x = s.query.planes(launch);
-  a.walk.y = s.keys.planes(launch);
+  a.walk = s.tiling.walk;
+  a.walk.x = s.query.planes(launch.stream);
+  a.walk.y = s.keys.planes(launch.stream);
   a.scale = p.scale;
   a.scale_factor = launch.scale_factor;
   a.bias = p.bias;
@@ -284,60 +243,52 @@ void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Launc
   a.key_labels = p.query_labels ? p.key_labels : nullptr;
   a.positive = p.positive;
   a.exclude = p.exclude;
-  a.parts = at<RowPart>(launch, s.parts);
-  a.sums = out.mean ? at<float>(launch, s.sums) : nullptr;
-  const StatsKernel kernel = s.terms > 1                   ? stats_kernel<SplitFloat>(s.plan, out.mean)
-                             : p.query.dtype == DType::f16 ? stats_kernel<Fp16>(s.plan, out.mean)
-                                                           : stats_kernel<Bf16>(s.plan, out.mean);
-  cuda::launch(kernel, s.plan.grid(), dim3(kThreads), s.plan.smem, launch.stream, a);
-  const CombineArgs c{p.query,   p.keys,
-                      p.scale,   launch.scale_factor,
-                      p.bias,    p.positive,
-                      p.exclude, a.parts,
-                      a.sums,    static_cast<int>(s.plan.splits),
-                      out};
-  cuda::launch(combine_stats, row_blocks(p.query.rows), dim3(kRowThreads), 0, launch.stream, c);
+  a.parts = s.parts;
+  a.sums = s.sums;
+  const StatsKernel kernel = s.terms > 1                   ? stats_kernel<SplitFloat>(s.tiling, out.mean)
+                             : p.query.dtype == DType::f16 ? stats_kernel<Fp16>(s.tiling, out.mean)
+                                                           : stats_kernel<Bf16>(s.tiling, out.mean);
+  cuda::launch(kernel, s.tiling.grid(), dim3(kThreads), s.tiling.smem, launch.stream, a);
+  const float* further = s.sums ? s.sums + p.query.rows * p.query.dim : nullptr;
+  combine_stats({p, launch.scale_factor, s.parts, s.sums, further, static_cast<int>(s.tiling.splits), 1, 1.0f, out},
+                launch.stream);
 }
 
 size_t softmax_query_grad_scratch(const SoftmaxProblem& p, const SoftmaxGrads& grads, const Launch& launch) {
-  return wants_positives(p, grads) ? query_plan(p, launch).scratch.bytes : 0;
+  return wants_positives(p, grads) ? query_call(p, launch, nullptr).scratch.bytes() : 0;
 }
 
 void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, const float* mean, void* dquery,
                         float* dscale, const Launch& launch) {
   if (p.query.rows == 0) return;
-  QueryGradArgs f{p.query, p.keys, p.scale, launch.scale_factor, p.positive, p.exclude, grads, mean, nullptr, nullptr,
-                  0,       dquery, dscale};
+  QueryGradArgs f{p, launch.scale_factor, grads, mean, nullptr, nullptr, 0, dquery, dscale};
   if (wants_positives(p, grads)) {
-    const GradientPlan g = query_plan(p, launch);
-    float* sums = at<float>(launch, g.sums);
+    const GradientCall g = query_call(p, launch, launch.scratch);
     SoftmaxGrads positives = grads;
     positives.g_neg = nullptr;
-    float* dots = at<float>(launch, g.row_sums);
-    run_gradient(p, g, positives, sums, dots, launch);
-    f.sums = sums;
-    f.dots = dots;
-    f.splits = static_cast<int>(g.plan.splits);
+    run_gradient(p, g, positives, g.sums, g.row_sums, launch);
+    f.sums = g.sums;
+    f.dots = g.row_sums;
+    f.splits = static_cast<int>(g.tiling.splits);
   }
-  cuda::launch(finish_query_grad, row_blocks(p.query.rows), dim3(kRowThreads), 0, launch.stream, f);
+  finish_query_grad(f, launch.stream);
 }
 
 size_t softmax_key_grad_scratch(const SoftmaxProblem& p, const SoftmaxGrads& grads, bool want_keys, bool want_bias,
                                 const Launch& launch) {
-  return key_plan(p, grads, want_keys, want_bias, launch).scratch.bytes;
+  return key_call(p, grads, want_keys, want_bias, launch, nullptr).scratch.bytes();
 }
 
 void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* dkeys, float* dbias,
                       const Launch& launch) {
   if (p.keys.rows == 0 || (!dkeys && !dbias)) return;
-  const GradientPlan g = key_plan(p, grads, dkeys, dbias, launch);
+  const GradientCall g = key_call(p, grads, dkeys, dbias, launch, launch.scratch);
   if (!g.partial()) return run_gradient(p, g, grads, dkeys, dbias, launch);
-  float* sums = dkeys ? at<float>(launch, g.sums) : nullptr;
-  float* bias_sums = dbias ? at<float>(launch, g.row_sums) : nullptr;
-  run_gradient(p, g, grads, sums, bias_sums, launch);
-  const KeyGradArgs k{sums,    bias_sums,           p.keys.rows, p.query.dim,  static_cast<int>(g.plan.splits),
-                      p.scale, launch.scale_factor, dkeys,       p.keys.dtype, dbias};
-  cuda::launch(add_key_grads, row_blocks(p.keys.rows), dim3(kRowThreads), 0, launch.stream, k);
+  run_gradient(p, g, grads, g.sums, g.row_sums, launch);
+  const int64_t N = p.keys.rows, splits = g.tiling.splits;
+  if (dkeys)
+    sum_splits(g.sums, N * p.query.dim, splits, p.scale, launch.scale_factor, dkeys, p.keys.dtype, launch.stream);
+  if (dbias) sum_splits(g.row_sums, N, splits, 1.0f, nullptr, dbias, DType::f32, launch.stream);
 }
 
 }  // namespace fastcompat::cuda::sm80

@@ -1,15 +1,16 @@
 // Host side of the Hopper tier: which problems it takes, where the work is cut, what is launched.
-#include "finish_sm90.cuh"
 #include "one_product_sm90.cuh"
+#include "scratch.h"
+#include "softmax_rows.h"
 #include "softmax_sm90.cuh"
-#include "softmax_sm90.h"
+#include "splits.h"
+#include "tiers.h"
 
 namespace fastcompat::cuda::sm90 {
 namespace {
 
 constexpr int kLargest = 512;
 constexpr int64_t kMostRows = (int64_t(1) << 31) - 1024;  // coordinates are 32 bits wide
-constexpr int64_t kTileBytes = 8 << 20;                   // what memory moves while a tile is computed
 
 bool suits(const Matrix& m) {
   return m.rows > 0 && m.rows < kMostRows && m.dim % 8 == 0 && m.stride % 8 == 0 && m.stride >= m.dim &&
@@ -20,48 +21,21 @@ bool suits(const SoftmaxProblem& p) {
   return p.query.dtype != DType::f32 && p.query.dim <= kLargest && suits(p.query) && suits(p.keys);
 }
 
-// Splits cost waves of blocks (in tiles, with 3 for a block's start and end) and traffic of their [rows, dim] results.
-// They depend on shapes and the device alone.
-struct Plan {
+// How rows stay and columns stream: clusters, tiles, splits.
+struct Tiling {
   Walk walk;
   int splits;
 
-  Plan(int64_t rows, int64_t columns, int rows_a_block, int columns_a_tile, int64_t result_bytes, int device) {
-    int units = 0;
-    check(cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
-    const int64_t blocks = (rows + rows_a_block - 1) / rows_a_block;
-    walk.cluster = blocks > 1 ? 2 : 1;
-    walk.blocks = static_cast<int>((blocks + walk.cluster - 1) / walk.cluster * walk.cluster);
-    walk.tiles = static_cast<int>((columns + columns_a_tile - 1) / columns_a_tile);
-    int64_t best = INT64_MAX;
-    for (int64_t s = 1; s <= walk.tiles && (s == 1 || walk.blocks * s <= 4 * units); ++s) {
-      const int64_t tiles = (walk.tiles + s - 1) / s;
-      const int64_t cuts = (walk.tiles + tiles - 1) / tiles, waves = (walk.blocks * cuts + units - 1) / units;
-      const int64_t cost = waves * (tiles + 3) + (cuts > 1 ? 2 * cuts * result_bytes / kTileBytes : 0);
-      if (cost >= best) continue;
-      best = cost;
-      walk.tiles_per_split = static_cast<int>(tiles);
-      splits = static_cast<int>(cuts);
-    }
+  Tiling(int64_t rows, int64_t columns, int rows_a_block, int columns_a_tile, int64_t result_bytes, int device)
+      : walk(make_walk(rows, columns, rows_a_block, columns_a_tile)) {
+    SplitCosts costs;
+    costs.overhead = 3;  // a wgmma pipeline fills and empties
+    costs.result_bytes = result_bytes;
+    const Splits cuts = choose_splits(walk.blocks, walk.tiles, device, costs);
+    splits = static_cast<int>(cuts.count);
+    walk.tiles_per_split = static_cast<int>(cuts.tiles);
   }
   dim3 grid() const { return dim3(static_cast<unsigned>(walk.blocks) * splits); }
-};
-
-// Consecutive arrays in scratch memory.
-class Scratch {
- public:
-  explicit Scratch(void* start) : start_(static_cast<char*>(start)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* here = start_ ? reinterpret_cast<T*>(start_ + bytes_) : nullptr;
-    bytes_ += (count * sizeof(T) + 255) / 256 * 256;
-    return here;
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* start_;
-  size_t bytes_ = 0;
 };
 
 // f(T{}, number of columns the kernels are built for)
@@ -90,40 +64,39 @@ TensorMap map_of(const Matrix& m, int box_rows) {
 
 // How the walk with two products is tiled, and into how many sums a split's columns are divided.
 template <int D>
-using Pair = std::conditional_t<(D <= 256), Two<D>, Halves>;
+using TwoProductTiles = std::conditional_t<(D <= 256), TwoProducts<D>, TwoProductsInHalves>;
 template <int D>
 constexpr int kSums = D <= 256 ? 1 : kConsumers;
 
 template <int D>
-Plan stats_plan(const SoftmaxProblem& p, bool want_mean, int device) {
+Tiling stats_tiling(const SoftmaxProblem& p, bool want_mean, int device) {
   const int64_t bytes = p.query.rows * (want_mean ? p.query.dim * 4 : 8);
-  return want_mean ? Plan(p.query.rows, p.keys.rows, Pair<D>::kRows, Pair<D>::kColumns, bytes, device)
-                   : Plan(p.query.rows, p.keys.rows, One<D>::kRows, One<D>::kColumns, bytes, device);
+  return want_mean
+             ? Tiling(p.query.rows, p.keys.rows, TwoProductTiles<D>::kRows, TwoProductTiles<D>::kColumns, bytes, device)
+             : Tiling(p.query.rows, p.keys.rows, OneProduct<D>::kRows, OneProduct<D>::kColumns, bytes, device);
 }
 
-template <class Parts>
-size_t place_stats(Parts& parts, void* memory, const SoftmaxProblem& p, bool want_mean, int splits, int sums) {
-  Scratch scratch(memory);
-  const int64_t B = p.query.rows, cells = splits * sums * B;
-  const bool by_label = p.query_labels && !p.positive;
-  parts.ref = scratch.take<float>(cells);
-  parts.sum = scratch.take<float>(cells);
-  parts.other_means = want_mean ? scratch.take<float>((splits - 1) * B * p.query.dim) : nullptr;
-  parts.pos_ref = by_label ? scratch.take<float>(cells) : nullptr;
-  parts.pos_sum = by_label ? scratch.take<float>(cells) : nullptr;
-  parts.pos_total = by_label ? scratch.take<float>(cells) : nullptr;
-  parts.pos_count = by_label ? scratch.take<int>(cells) : nullptr;
-  return scratch.bytes();
-}
+// What the walk leaves behind, for combine_stats.
+struct StatsParts {
+  RowPart* parts;      // [splits * sums, B]
+  float* other_means;  // [splits - 1, B, D]
+  size_t bytes;
 
-template <class T>
+  StatsParts(void* memory, const SoftmaxProblem& p, bool want_mean, int splits, int sums) {
+    Scratch scratch(memory);
+    parts = scratch.take<RowPart>(splits * sums * p.query.rows);
+    other_means = want_mean ? scratch.take<float>((splits - 1) * p.query.rows * p.query.dim) : nullptr;
+    bytes = scratch.bytes();
+  }
+};
+
 struct KeyGradParts {
-  float *power, *keys, *bias;
+  float *coefficient_scale, *keys, *bias;
   size_t bytes;
 
   KeyGradParts(void* memory, const SoftmaxProblem& p, bool want_bias, int splits, int sums) {
     Scratch scratch(memory);
-    power = scratch.take<float>(1);
+    coefficient_scale = scratch.take<float>(1);
     keys = splits > 1 ? scratch.take<float>(splits * p.keys.rows * p.keys.dim) : nullptr;
     bias = splits * sums > 1 && want_bias ? scratch.take<float>(splits * sums * p.keys.rows) : nullptr;
     bytes = scratch.bytes();
@@ -131,21 +104,24 @@ struct KeyGradParts {
 };
 
 template <int D>
-Plan key_grad_plan(const SoftmaxProblem& p, int device) {
-  return Plan(p.keys.rows, p.query.rows, Pair<D>::kRows, Pair<D>::kColumns, p.keys.rows * p.keys.dim * 4, device);
+Tiling key_grad_tiling(const SoftmaxProblem& p, int device) {
+  return Tiling(p.keys.rows, p.query.rows, TwoProductTiles<D>::kRows, TwoProductTiles<D>::kColumns,
+                p.keys.rows * p.keys.dim * 4, device);
 }
 
-template <class T, int D, class Work>
-void launch_pair(const Matrix& rows, const Matrix& columns, const Work& work, const Plan& plan, void* stream) {
-  using Tiles = Pair<D>;
+template <class T, int D, class Reduction>
+void launch_two_products(const Matrix& rows, const Matrix& columns, const Reduction& reduction, const Tiling& tiling,
+                         void* stream) {
+  using Tiles = TwoProductTiles<D>;
   auto run = [&](auto kernel, int columns_at_once) {
-    launch_cluster(plan.walk.cluster, kernel, plan.grid(), dim3(kThreads), Tiles::template Memory<Work>::kBytes, stream,
-                   map_of<T>(rows, Tiles::kRows), map_of<T>(columns, columns_at_once / 2), work, plan.walk);
+    launch_cluster(tiling.walk.cluster, kernel, tiling.grid(), dim3(kThreads),
+                   Tiles::template Memory<Reduction>::kBytes, stream, map_of<T>(rows, Tiles::kRows),
+                   map_of<T>(columns, columns_at_once / 2), reduction, tiling.walk);
   };
   if constexpr (D <= 256)
-    run(two_products<T, D, Work>, Tiles::kColumns);
+    run(two_products<T, D, Reduction>, Tiles::kColumns);
   else
-    run(two_products_in_halves<T, Work>, Tiles::kOwn);
+    run(two_products_in_halves<T, Reduction>, Tiles::kOwn);
 }
 
 }  // namespace
@@ -154,10 +130,9 @@ bool covers_stats(const SoftmaxProblem& p) { return suits(p); }
 
 size_t softmax_stats_scratch(const SoftmaxProblem& p, bool want_mean, const Launch& launch) {
   size_t bytes = 0;
-  dispatch(p, [&](auto t, auto d) {
-    LogSumExp<decltype(t), 0> parts{Pairs(p, nullptr)};
-    bytes = place_stats(parts, nullptr, p, want_mean, stats_plan<d>(p, want_mean, launch.device).splits,
-                        want_mean ? kSums<d> : 1);
+  dispatch(p, [&](auto, auto d) {
+    const int splits = stats_tiling<d>(p, want_mean, launch.device).splits;
+    bytes = StatsParts(nullptr, p, want_mean, splits, want_mean ? kSums<d> : 1).bytes;
   });
   return bytes;
 }
@@ -166,28 +141,30 @@ void softmax_stats(const SoftmaxProblem& p, const SoftmaxStats& out, const Launc
   dispatch(p, [&](auto t, auto d) {
     using T = decltype(t);
     constexpr int D = d;
-    const Plan plan = stats_plan<D>(p, out.mean, launch.device);
-    const Pairs pairs(p, launch.scale_factor);
+    const Tiling tiling = stats_tiling<D>(p, out.mean, launch.device);
+    const ProblemView problem(p, launch.scale_factor);
     const int sums = out.mean ? kSums<D> : 1;
-    auto prepared = [&](auto work) {
-      work.dim = p.query.dim;
-      work.mean = out.mean;
-      place_stats(work, launch.scratch, p, out.mean, plan.splits, sums);
-      return work;
+    const StatsParts parts(launch.scratch, p, out.mean, tiling.splits, sums);
+    auto prepared = [&](auto reduction) {
+      reduction.dim = p.query.dim;
+      reduction.by_label = p.query_labels && !p.positive;
+      reduction.parts = parts.parts;
+      reduction.mean = out.mean;
+      reduction.other_means = parts.other_means;
+      return reduction;
     };
     if (!out.mean) {
-      using Work = LogSumExp<T, D <= 128 ? 4 : 0>;
-      using Tiles = One<D>;
-      launch_cluster(plan.walk.cluster, one_product<T, D, Work>, plan.grid(), dim3(kThreads),
-                     Tiles::template Memory<Work>::kBytes, launch.stream, map_of<T>(p.query, 128),
-                     map_of<T>(p.keys, Tiles::kColumns / 2), prepared(Work{pairs}), plan.walk);
+      using Reduction = LogSumExp<T, D <= 128 ? 4 : 0>;
+      using Tiles = OneProduct<D>;
+      launch_cluster(tiling.walk.cluster, one_product<T, D, Reduction>, tiling.grid(), dim3(kThreads),
+                     Tiles::template Memory<Reduction>::kBytes, launch.stream, map_of<T>(p.query, 128),
+                     map_of<T>(p.keys, Tiles::kColumns / 2), prepared(Reduction{problem}), tiling.walk);
     } else {
-      using Work = LogSumExp<T, D <= 64 ? 4 : 0>;
-      launch_pair<T, D>(p.query, p.keys, prepared(Work{pairs}), plan, launch.stream);
+      using Reduction = LogSumExp<T, D <= 64 ? 4 : 0>;
+      launch_two_products<T, D>(p.query, p.keys, prepared(Reduction{problem}), tiling, launch.stream);
     }
-    const auto blocks = static_cast<unsigned>((p.query.rows + kFinishWarps - 1) / kFinishWarps);
-    cuda::launch(finish_stats<T>, dim3(blocks), dim3(32 * kFinishWarps), 0, launch.stream, p, pairs,
-                 prepared(LogSumExp<T, 0>{pairs}), out, plan.splits, sums);
+    combine_stats({p, launch.scale_factor, parts.parts, out.mean, parts.other_means, tiling.splits, sums, kLn2, out},
+                  launch.stream);
   });
 }
 
@@ -196,8 +173,8 @@ bool covers_key_grad(const SoftmaxProblem& p, bool want_keys) { return want_keys
 size_t softmax_key_grad_scratch(const SoftmaxProblem& p, const SoftmaxGrads&, bool, bool want_bias,
                                 const Launch& launch) {
   size_t bytes = 0;
-  dispatch(p, [&](auto t, auto d) {
-    bytes = KeyGradParts<decltype(t)>(nullptr, p, want_bias, key_grad_plan<d>(p, launch.device).splits, kSums<d>).bytes;
+  dispatch(p, [&](auto, auto d) {
+    bytes = KeyGradParts(nullptr, p, want_bias, key_grad_tiling<d>(p, launch.device).splits, kSums<d>).bytes;
   });
   return bytes;
 }
@@ -207,23 +184,23 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
   dispatch(p, [&](auto t, auto d) {
     using T = decltype(t);
     constexpr int D = d;
-    const Plan plan = key_grad_plan<D>(p, launch.device);
-    const KeyGradParts<T> parts(launch.scratch, p, dbias, plan.splits, kSums<D>);
+    const Tiling tiling = key_grad_tiling<D>(p, launch.device);
+    const KeyGradParts parts(launch.scratch, p, dbias, tiling.splits, kSums<D>);
     T* const out = static_cast<T*>(dkeys);
-    const int64_t N = p.keys.rows, quads = N * p.keys.dim / 4;
-    auto blocks = [](int64_t threads) { return dim3(static_cast<unsigned>((threads + 255) / 256)); };
-    if (std::is_same_v<T, fp16>)
-      cuda::launch(coefficient_power, dim3(1), dim3(1024), 32 * sizeof(float), launch.stream,
-                   Pairs(p, launch.scale_factor), grads, parts.power);
-    const KeyCoefficients<T> work{
-        Pairs(p, launch.scale_factor),  grads, p.keys.dim, parts.power, parts.keys ? nullptr : out, parts.keys,
-        parts.bias ? parts.bias : dbias};
-    launch_pair<T, D>(p.keys, p.query, work, plan, launch.stream);
+    const int64_t N = p.keys.rows;
+    if (std::is_same_v<T, fp16>) find_coefficient_scale(p, grads, parts.coefficient_scale, launch.stream);
+    const KeyCoefficients<T> reduction{ProblemView(p, launch.scale_factor),
+                                       grads,
+                                       p.keys.dim,
+                                       parts.coefficient_scale,
+                                       parts.keys ? nullptr : out,
+                                       parts.keys,
+                                       parts.bias ? parts.bias : dbias};
+    launch_two_products<T, D>(p.keys, p.query, reduction, tiling, launch.stream);
     if (parts.keys)
-      cuda::launch(finish_key_grad<T>, blocks(quads), dim3(256), 0, launch.stream, parts.keys, out, quads, plan.splits);
+      sum_splits(parts.keys, N * p.keys.dim, tiling.splits, 1.0f, nullptr, out, p.keys.dtype, launch.stream);
     if (parts.bias)
-      cuda::launch(finish_bias_grad, blocks(N), dim3(256), 0, launch.stream, parts.bias, dbias, N,
-                   plan.splits * kSums<D>);
+      sum_splits(parts.bias, N, tiling.splits * kSums<D>, 1.0f, nullptr, dbias, DType::f32, launch.stream);
   });
 }
 

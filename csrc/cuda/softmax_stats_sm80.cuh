@@ -8,12 +8,6 @@
 
 namespace fastcompat::cuda::sm80 {
 
-struct RowPart {
-  float top, sum_exp;  // negatives
-  float pos_top, pos_sum_exp, pos_sum;
-  int pos_count;
-};
-
 struct StatsArgs {
   Walk walk;
   float scale;
@@ -44,7 +38,7 @@ template <class F>
 constexpr float kWeightScale = std::is_same_v<F, Fp16> ? 32768.0f : 1.0f;
 
 template <class F, int TM, bool SUMS>
-struct StatsPairs {
+struct StatsReduction {
   static constexpr int TN = kScores / TM;
   const StatsArgs& a;
   StatsMemory<TM>& memory;
@@ -57,7 +51,7 @@ struct StatsPairs {
 
   __device__ __forceinline__ void apply(float (&s)[2][4][4], float (&factor)[4], const unsigned char* info,
                                         int64_t tile) {
-    const Place<TM> at(afresh(threadIdx.x));
+    const Place<TM> at(opaque(threadIdx.x));
     const KeyInfo<TN>& keys = *reinterpret_cast<const KeyInfo<TN>*>(info);
     const int64_t key0 = tile * TN;
     const int count = static_cast<int>(min(int64_t{TN}, a.walk.y.rows - key0)),
@@ -78,7 +72,7 @@ struct StatsPairs {
         if (!same && c != chosen) negative |= bit;
       }
     }
-    if (!a.positive && __any_sync(~0u, positive != 0)) add_positives(s, positive, at);
+    if (!a.positive && __any_sync(kAllLanes, positive != 0)) add_positives(s, positive, at);
 
     float top[4], sum[4];
 #pragma unroll
@@ -161,8 +155,8 @@ __global__ void __launch_bounds__(kThreads, 1) softmax_tiles(const __grid_consta
   DYN_SMEM(smem);
   using Memory = StatsMemory<TM>;
   Memory& memory = *reinterpret_cast<Memory*>(smem + a.walk.own_at);
-  StatsPairs<F, TM, SUMS> pairs{a, memory, scale_of(a.scale, a.scale_factor)};
-  TileWalk<F, TM, StatsPairs<F, TM, SUMS>> walk(a.walk, smem, pairs);
+  StatsReduction<F, TM, SUMS> reduction{a, memory, scale_of(a.scale, a.scale_factor)};
+  TileWalk<F, TM, StatsReduction<F, TM, SUMS>> walk(a.walk, smem, reduction);
   const int64_t B = a.walk.x.rows, N = a.walk.y.rows;
   const int64_t first_key = walk.first() * (kScores / TM);
   for (int n = threadIdx.x; n < TM; n += kThreads) {

@@ -50,7 +50,8 @@ struct SplitFloat {  // 2 or 3 bf16 terms
   static constexpr int groups = 3;
 };
 
-// Product number n of 6 is (left term, right term); 3 products are the last three, 1 the last.
+// Product number n of 6 is (left term, right term), a hexadecimal digit each, n = 0 the lowest: (0, 2), (1, 1), (2, 0),
+// (0, 1), (1, 0), (0, 0), from the smallest. 3 products (two terms) are the last three, 1 the last.
 __device__ __forceinline__ int left_term(int n) { return 0x010210 >> 4 * n & 15; }
 __device__ __forceinline__ int right_term(int n) { return 0x001012 >> 4 * n & 15; }
 __host__ __device__ constexpr int first_product(int terms) { return 6 - terms * (terms + 1) / 2; }
@@ -73,19 +74,11 @@ __device__ __forceinline__ void load_piece(uint16_t* to, const Planes& from, int
   }
 }
 
-// The same number, but what follows from it is computed here and now: not held in registers through the loops around.
-__device__ __forceinline__ int afresh(int x) {
-#if !CUDA_ON_CPU
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 // t[32, 32] += A[32, 64] B^T, B rows of the product's columns; TRANS: B rows are the 64 that are summed over.
 template <class F, bool TRANS>
 __device__ __forceinline__ void multiply(float (&t)[2][4][4], uint16_t* a, int row, uint16_t* b, int column) {
   using T = typename F::Element;
-  const int lane = afresh(threadIdx.x % 32);  // addresses held over the loops around would spill
+  const int lane = opaque(threadIdx.x % 32);  // addresses held over the loops around would spill
 #pragma unroll
   for (int k = 0; k < kPiece / 16; ++k) {
     uint32_t fa[2][4];
@@ -112,7 +105,7 @@ __device__ __forceinline__ void multiply(float (&t)[2][4][4], uint16_t* a, int r
 // s rounded to T goes to shared memory; s keeps what rounding left of it.
 template <class F, int TM>
 __device__ __forceinline__ void store_weights(uint16_t* weights, float (&s)[2][4][4], int row, int column) {
-  const int lane = afresh(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  const int lane = opaque(threadIdx.x % 32), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -163,17 +156,17 @@ struct Place {
   __device__ __forceinline__ int column(int n) const { return warp_column + n / 2 * 8 + t * 2 + n % 2; }
 };
 
-// Pairs says what happens to scores:
+// Reduction says what happens to scores:
 //   bool wanted(tile)                 whether any pair of the tile counts
 //   void load(info, row0)             cp.async of what it needs to know of the streamed rows
 //   void apply(s, factor, info, tile) S -> weights in place; what O has to be multiplied with first
-template <class F, int TM, class Pairs>
+template <class F, int TM, class Reduction>
 class TileWalk {
  public:
   static constexpr int TN = kScores / TM, HALVES = TN / kPiece, GROUPS = F::groups;
 
-  __device__ __forceinline__ TileWalk(const Walk& w, unsigned char* smem, Pairs& pairs)
-      : w(w), smem(smem), pairs(pairs) {
+  __device__ __forceinline__ TileWalk(const Walk& w, unsigned char* smem, Reduction& reduction)
+      : w(w), smem(smem), reduction(reduction) {
     const int64_t all = (w.y.rows + TN - 1) / TN;
     tiles = static_cast<int>(max(int64_t{0}, min(static_cast<int64_t>(w.split_tiles), all - first())));
   }
@@ -198,7 +191,7 @@ class TileWalk {
           score(s, at, 0, piece);
         }
       }
-      pairs.apply(s, factor, smem + w.info_at + info * w.info_bytes, first() + tile);
+      reduction.apply(s, factor, smem + w.info_at + info * w.info_bytes, first() + tile);
       info = info + 1 == kInfos ? 0 : info + 1;
       if constexpr (G == GROUPS) {
         for (int term = 0; term < terms() && groups(); ++term) {
@@ -234,7 +227,7 @@ class TileWalk {
 
  private:
   __device__ __forceinline__ int wanted_from(int tile) const {
-    while (tile < tiles && !pairs.wanted(tile)) ++tile;
+    while (tile < tiles && !reduction.wanted(tile)) ++tile;
     return tile;
   }
   __device__ __forceinline__ int terms() const { return F::split ? w.terms : 1; }
@@ -256,7 +249,10 @@ class TileWalk {
     for (int n = 0; n + 1 < w.stages; ++n) load();
   }
 
-  // The oldest stage once it has arrived; the one that everybody has left is filled again.
+  // The oldest stage once it has arrived; the one that everybody has left is filled again. Each call commits one group
+  // of copies, an empty one past the end, so that "all but the newest stages - 2 groups" is always the oldest stage.
+  // The one barrier says both that every thread's part of that stage has arrived and that all have read the stage
+  // before, which load() overwrites.
   __device__ __forceinline__ uint16_t* next_stage() {
     if (w.stages == 3)
       cp_async_wait<1>();
@@ -289,7 +285,7 @@ class TileWalk {
       if (c.phase == 0) {
         const int column = c.part * kPiece;
         if (c.part == 0 && c.product == first_product(terms())) {
-          pairs.load(smem + w.info_at + c.info * w.info_bytes, y0);
+          reduction.load(smem + w.info_at + c.info * w.info_bytes, y0);
           c.info = c.info + 1 == kInfos ? 0 : c.info + 1;
         }
         if (!w.resident) {
@@ -313,7 +309,8 @@ class TileWalk {
     return slot;
   }
 
-  // Phase 0 counts (piece, product); phase 1 + term counts (group, half, right term from the smallest).
+  // Must follow run()'s order of next_stage() exactly. Phase 0 counts (piece, product); phase 1 + term counts (group,
+  // half, right term from the smallest).
   __device__ __forceinline__ void advance(Cursor& c) const {
     if (c.phase == 0) {
       if (++c.product < 6) return;
@@ -336,7 +333,7 @@ class TileWalk {
 
   const Walk& w;
   unsigned char* smem;
-  Pairs& pairs;
+  Reduction& reduction;
 };
 
 }  // namespace fastcompat::cuda::sm80

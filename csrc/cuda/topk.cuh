@@ -23,10 +23,12 @@ struct TopkProblem {
   Gallery gallery;
 };
 
+// Entries of a list: the k best; room for half as many others, or a tile's, so that a list is shortened rarely; and one
+// tile of keys, which may all come before anyone looks at its length again.
 inline int64_t capacity_for(int64_t k) { return k + std::max<int64_t>(k / 2, TILE) + TILE; }
 
 struct TopkTier {
-  bool gathers;                                      // reads listed rows where they lie
+  bool gathers;                                      // reads rows wherever they lie: listed ones, and ones that overlap
   int blocks_a_processor;                            // at once
   int (*rows_a_block)(const std::vector<Segment>&);  // queries
   void (*screen)(const sm80::Screen&, const TopkProblem&, const Launch&);
@@ -71,7 +73,8 @@ __device__ __forceinline__ int append(const TopkProblem& p, const Space& space, 
   return at + 1;
 }
 
-constexpr int HELD = 12;  // candidates that a lane holds in registers
+constexpr int kRefresh = 16;  // tiles between two looks at what other splits have reached
+constexpr int HELD = 12;      // candidates that a lane holds in registers: lists of up to 384, all of k <= 128
 
 // A warp drops what k others certainly beat; leaves all where more than `room` would stay. k < n <= 32 * HELD.
 __device__ __forceinline__ bool drop_beaten(const Candidates& list, int& n, int k, int room, float& threshold) {
@@ -97,18 +100,18 @@ __device__ __forceinline__ bool drop_beaten(const Candidates& list, int& n, int 
 #pragma unroll
   for (int m = 0; m < HELD; ++m) least = low[m] >= bound ? min(least, low[m]) : least;
   const float reached = fmaxf(threshold, value_of(team.least(least)));
-  unsigned kept = 0;  // bit m
+  unsigned keeping = 0;  // bit m
 #pragma unroll
-  for (int m = 0; m < HELD; ++m) kept |= static_cast<unsigned>(32 * m + team.rank < n && high[m] >= reached) << m;
-  const int live = team.sum(__popc(kept));
+  for (int m = 0; m < HELD; ++m) keeping |= static_cast<unsigned>(32 * m + team.rank < n && high[m] >= reached) << m;
+  const int live = team.sum(__popc(keeping));
   if (live > room) return false;
   threshold = reached;
   n = 0;
 #pragma unroll
   for (int m = 0; m < HELD; ++m) {
     int total;
-    const int at = n + team.offset(kept >> m & 1, total);
-    if (kept >> m & 1) {
+    const int at = n + team.offset(keeping >> m & 1, total);
+    if (keeping >> m & 1) {
       list.low[at] = value_of(low[m]);
       list.high[at] = high[m];
       list.position[at] = position[m];
@@ -123,15 +126,15 @@ __device__ __forceinline__ bool drop_beaten(const Candidates& list, int& n, int 
 __device__ __forceinline__ void shorten(const TopkProblem& p, int64_t query, int64_t list, uint32_t* shared_threshold,
                                         ListState& state, uint32_t* staged) {
   const Candidates candidates = p.lists.at(list * p.capacity);
-  const int room = p.k + (p.capacity - TILE - p.k) / 2;
-  Kept kept = {state.count, state.threshold, NO_ID};
-  if (kept.n > 32 * HELD || !drop_beaten(candidates, kept.n, p.k, room, kept.threshold))
-    kept = keep_best(WarpTeam(), p.gallery, query, candidates, kept.n, p.k, room, false, kept.threshold, staged);
+  const int room = p.k + (p.capacity - TILE - p.k) / 2;  // half of what a list has beyond k, so that it lasts a while
+  Cut cut = {state.count, state.threshold, NO_ID};
+  if (cut.n > 32 * HELD || !drop_beaten(candidates, cut.n, p.k, room, cut.threshold))
+    cut = keep_best(WarpTeam(), p.gallery, query, candidates, cut.n, p.k, room, false, cut.threshold, staged);
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
-    state.count = kept.n;
-    state.raise(kept.threshold, kept.last_id);
-    atomicMax(shared_threshold, order_of(kept.threshold));
+    state.count = cut.n;
+    state.raise(cut.threshold, cut.last_id);
+    atomicMax(shared_threshold, order_of(cut.threshold));
   }
   __syncwarp();
 }

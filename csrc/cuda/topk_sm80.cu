@@ -1,6 +1,5 @@
 // The run of a top-k on any tier: lays out the scratch, screens segment after segment, merges. And the portable tier.
 #include "merge.cuh"
-#include "search_sm80.h"
 #include "segments_sm80.cuh"
 #include "topk_sm80.cuh"
 
@@ -24,10 +23,12 @@ size_t run_topk(const TopkTier& tier, const std::vector<Segment>& segments, int6
   const int64_t wanted = std::min(k, total), capacity = capacity_for(wanted);
   if (capacity > 0x7fffffff) throw std::invalid_argument("`k` is too large: at most 2**30");
 
-  const int64_t list_bytes = capacity * 12, rows_a_block = tier.rows_a_block(segments);
+  const int64_t list_bytes = capacity * (2 * sizeof(float) + sizeof(uint32_t)),
+                rows_a_block = tier.rows_a_block(segments);
   auto cut = [&](int64_t rows) {
     const int64_t blocks = (rows + rows_a_block - 1) / rows_a_block;
     const int splits = splits_for(blocks, tiles_in(longest), launch.device, tier.blocks_a_processor);
+    // Each split keeps a list of its own, which is worth it where it sees several times as many keys as it keeps.
     return static_cast<int>(std::min<int64_t>(splits, std::max<int64_t>(1, longest / (4 * capacity))));
   };
   int64_t batch = std::max<int64_t>(tiles_in(queries), 1) * TILE;

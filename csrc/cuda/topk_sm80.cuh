@@ -6,7 +6,7 @@ namespace fastcompat::cuda::sm80 {
 
 struct Topk {
   using Problem = TopkProblem;
-  static constexpr bool settles = false;
+  static constexpr bool resolves = false;
   static constexpr size_t shared_bytes = TILE * sizeof(ListState);
   static constexpr int STAGED = STASHED * THREADS / (THREADS / 32);  // words of the stash per warp
 
@@ -38,7 +38,7 @@ struct Topk {
   __device__ float threshold() const { return lists[tid].threshold; }
 
   __device__ void start_tile(int64_t, int64_t) {
-    if (tiles++ % 16 || tid >= queries) return;
+    if (tiles++ % kRefresh || tid >= queries) return;
     lists[tid].raise(shared_threshold(p, local + tid), NO_ID);
   }
 
@@ -47,7 +47,7 @@ struct Topk {
     full |= n > p.capacity - TILE;
     return false;
   }
-  __device__ void settle(int, int, int64_t, float) {}
+  __device__ void resolve(int, int, int64_t, float) {}
 
   // Each warp shortens the lists of its rows that are longer than `longest`.
   __device__ void shorten(int longest) {

@@ -1,6 +1,6 @@
 // Host side of top-k on Hopper: which problems it takes, how a screen is launched.
+#include "tiers.h"
 #include "topk_sm90.cuh"
-#include "topk_sm90.h"
 
 namespace fastcompat::cuda::sm90 {
 namespace {
@@ -15,11 +15,7 @@ void screen_with(const sm80::Screen& screen, const TopkProblem& problem, const L
     return make_tensor_map(reinterpret_cast<const T*>(m.data), end - m.first, m.columns, box_rows, kPanel, m.stride);
   };
   const int64_t queries = screen.end_query - screen.first_query, keys = screen.end - screen.begin;
-  const int64_t blocks = (queries + 128 * FRAGMENTS - 1) / (128 * FRAGMENTS);
-  Walk walk;
-  walk.cluster = blocks > 1 ? 2 : 1;
-  walk.blocks = static_cast<int>((blocks + walk.cluster - 1) / walk.cluster * walk.cluster);
-  walk.tiles = static_cast<int>((keys + TILE - 1) / TILE);
+  Walk walk = make_walk(queries, keys, 128 * FRAGMENTS, TILE);
   walk.tiles_per_split = (walk.tiles + problem.splits - 1) / problem.splits;
   const int splits = (walk.tiles + walk.tiles_per_split - 1) / walk.tiles_per_split;
   const int panels = static_cast<int>((screen.query.columns + kPanel - 1) / kPanel);

@@ -22,15 +22,14 @@ namespace fastcompat::cuda::sm90 {
 constexpr int kSurvivors = 64;  // that may wait in a warp: 31, and another of each lane
 constexpr int kStages = 5, kSlots = 2, kChunk = TILE * kPanel;
 constexpr int kQueryElements = 256 * 256;
-constexpr int kRefresh = 16;  // tiles between two looks at what other splits have reached
 
 // What a key brings besides its vector.
-struct KeyTerms {
+struct KeyFactors {
   float multiply, add;
 };
 
 struct QueryRow {
-  RowTerms terms;
+  RowFactors factors;
   ListState list;
 };
 
@@ -42,7 +41,7 @@ struct Survivor {
 struct TopkMemory {
   static constexpr size_t kBarriersAt = 2 * (kQueryElements + kStages * kChunk);
   static constexpr size_t kKeysAt = kBarriersAt + (sizeof(Barriers<kStages, kSlots>) + 15) / 16 * 16;
-  static constexpr size_t kFlagsAt = kKeysAt + kSlots * TILE * sizeof(KeyTerms);
+  static constexpr size_t kFlagsAt = kKeysAt + kSlots * TILE * sizeof(KeyFactors);
   static constexpr size_t kRowsAt = kFlagsAt + (kSlots * 3 * sizeof(int) + 15) / 16 * 16;
   static constexpr size_t kSurvivorsAt = kRowsAt + 4 * kConsumers * 32 * sizeof(QueryRow);
   static constexpr size_t kBytes = kSurvivorsAt + 4 * kConsumers * kSurvivors * sizeof(Survivor);
@@ -50,14 +49,14 @@ struct TopkMemory {
 
 // What fill_columns asks of a key.
 struct KeyColumns {
-  using Column = KeyTerms;
-  const RowTerms* terms;
+  using Column = KeyFactors;
+  const RowFactors* factors;
   int64_t begin, end;
 
-  __device__ bool fill(KeyTerms& to, int key, int, int) const {
+  __device__ bool fill(KeyFactors& to, int key, int, int) const {
     const int64_t at = begin + key;
     to = {0, -CUDART_INF_F};
-    if (at < end) to = {terms[at].multiply, terms[at].add};
+    if (at < end) to = {factors[at].multiply, factors[at].add};
     return false;
   }
 };
@@ -72,7 +71,7 @@ struct WarpRows {
   int64_t first;        // query of row 0
   int64_t begin;        // position of the split's first key
   int split, filled = 0;
-  float level = 0;  // of the lane's own row, from look() on
+  float level = 0;  // of the lane's own row, from refresh() on
 
   __device__ int64_t query_of(int row) const { return first + row % 4 / 2 * 64 + row % 2 * 8 + row / 4; }
   __device__ int64_t list_of(int row) const { return (query_of(row) - screen.first_query) * problem.splits + split; }
@@ -82,21 +81,21 @@ struct WarpRows {
   __device__ void start() {
     QueryRow row = {{0, 0, 0, 0}, {CUDART_NAN_F, 0, NO_ID}};
     if (owns())
-      row = {screen.space.query_terms[query_of(lane())], {-CUDART_INF_F, problem.counts[list_of(lane())], NO_ID}};
+      row = {screen.space.query_factors[query_of(lane())], {-CUDART_INF_F, problem.counts[list_of(lane())], NO_ID}};
     rows[lane()] = row;
   }
   __device__ void find_level() {
     const QueryRow& row = rows[lane()];
-    level = owns() ? inner_level(row.list.threshold, row.terms, screen.space) : CUDART_NAN_F;
+    level = owns() ? inner_level(row.list.threshold, row.factors, screen.space) : CUDART_NAN_F;
   }
-  __device__ void look() {
+  __device__ void refresh() {
     if (owns()) rows[lane()].list.raise(shared_threshold(problem, query_of(lane()) - screen.first_query), NO_ID);
     find_level();
   }
 
   // Limits of the four rows that the quad holds.
   __device__ __forceinline__ void limits(const KeyBounds& tile, float (&out)[FRAGMENTS][2]) const {
-    const float own = owns() ? limit_at(level, rows[lane()].terms, tile, screen.space) : CUDART_NAN_F;
+    const float own = owns() ? limit_at(level, rows[lane()].factors, tile, screen.space) : CUDART_NAN_F;
 #pragma unroll
     for (int i = 0; i < 2 * FRAGMENTS; ++i) out[i / 2][i % 2] = __shfl_sync(kAllLanes, own, lane() / 4 * 4 + i);
   }
@@ -106,13 +105,13 @@ struct WarpRows {
     if (lanes >> lane() & 1) survivors[filled + __popc(lanes & ((1u << lane()) - 1))] = {inner, where};
     filled += __popc(lanes);
     if (filled >= 32) {
-      settle(problem.capacity - 32);
+      drain(problem.capacity - 32);
       find_level();
     }
   }
 
   // Up to 32 survivors become candidates; lists longer than `longest` are made shorter.
-  __device__ __forceinline__ void settle(int longest) {
+  __device__ __forceinline__ void drain(int longest) {
     const int n = min(filled, 32);
     filled -= n;
     __syncwarp();
@@ -123,7 +122,7 @@ struct WarpRows {
       if (position < screen.end) {
         QueryRow& q = rows[row];
         float low, high;
-        score_interval(s.inner, q.terms, screen.space.key_terms[position], screen.space, low, high);
+        score_interval(s.inner, q.factors, screen.space.key_factors[position], screen.space, low, high);
         append(problem, screen.space, query_of(row), list_of(row), q.list, position, low, high);
       }
     }
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* queries = reinterpret_cast<T*>(smem);
   T* ring = queries + kQueryElements;
   auto& bars = *reinterpret_cast<Barriers<kStages, kSlots>*>(smem + TopkMemory::kBarriersAt);
-  auto* keys = reinterpret_cast<KeyTerms*>(smem + TopkMemory::kKeysAt);
+  auto* keys = reinterpret_cast<KeyFactors*>(smem + TopkMemory::kKeysAt);
   start(bars, walk);
 
   if (group() == kConsumers) {
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       __syncwarp();
     } else {
-      fill_columns<TILE, kSlots>(KeyColumns{screen.space.key_terms, screen.begin, screen.end}, keys,
+      fill_columns<TILE, kSlots>(KeyColumns{screen.space.key_factors, screen.begin, screen.end}, keys,
                                  reinterpret_cast<int*>(smem + TopkMemory::kFlagsAt), bars, at, kRows);
     }
   } else {
@@ -206,11 +205,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     float s[FRAGMENTS][TILE / 2];
     const uint32_t rows_at = smem_addr(queries + fragment0 * 64 * kPanel) / 16, ring_at = smem_addr(ring) / 16;
     mbar_wait(&bars.rows, 0);
-    if (group) mbar_wait(&bars.turn[1], 0);
-    int stage = 0, phase = 0;
+    if (group) mbar_wait(&bars.turn[1], 0);  // once: consumer 1 starts kAhead chunks after consumer 0
+    int stage = 0, phase = 0;  // of the chunk that is next; the phase changes with every round of the ring
 #pragma unroll 1
     for (int n = 0; n < at.count; ++n) {
-      if (n % kRefresh == 0) rows.look();
+      if (n % kRefresh == 0) rows.refresh();
       const KeyBounds tile = bounds[n];
 #pragma unroll 1
       for (int p = 0; p < panels; ++p) {
@@ -229,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           release(&bars.empty[(stage + kStages - 1) % kStages], walk.cluster);
         }
         if (n == 0 && p + 1 == min(kAhead, panels) && group == 0 && lane() == 0) mbar_arrive(&bars.turn[1]);
-        if (p + 1 < panels && ++stage == kStages) stage = 0, phase ^= 1;
+        if (p + 1 < panels && ++stage == kStages) stage = 0, phase ^= 1;  // the last chunk's stage is released below
       }
       wgmma_wait<0>();
       release(&bars.empty[stage], walk.cluster);
@@ -278,12 +277,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int known = 0; known < 2 * FRAGMENTS; ++known)
             if (known == i) inner = pick(s[known / 2], known % 2, e);
+          // Score e of the half is column e / 2 * 8 + 2t + e % 2; row number 4g + i, as WarpRows counts.
           rows.add(lanes, inner, static_cast<uint32_t>(n * TILE + e / 2 * 8 + t2 + e % 2) * 32 + lane() / 4 * 4 + i);
           left &= left - 1;
         }
       }
     }
-    rows.settle(problem.k);
+    rows.drain(problem.k);
     if (rows.owns()) problem.counts[rows.list_of(lane())] = rows.rows[lane()].list.count;
   }
   if (opaque(walk.cluster) > 1) cluster_sync();

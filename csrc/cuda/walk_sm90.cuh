@@ -1,6 +1,6 @@
 // The walk of a Hopper block over streamed columns: roles, barriers, the producer's part, descriptors.
 #pragma once
-#include "pairs_sm90.cuh"
+#include "logits_sm90.cuh"
 
 namespace fastcompat::cuda::sm90 {
 
@@ -12,7 +12,31 @@ struct Walk {
   int blocks, tiles, tiles_per_split, cluster;
 };
 
-// All barriers of a block.
+inline Walk make_walk(int64_t rows, int64_t columns, int rows_a_block, int columns_a_tile) {
+  const int64_t blocks = (rows + rows_a_block - 1) / rows_a_block;
+  Walk walk;
+  walk.cluster = blocks > 1 ? 2 : 1;
+  walk.blocks = static_cast<int>((blocks + walk.cluster - 1) / walk.cluster * walk.cluster);
+  walk.tiles = static_cast<int>((columns + columns_a_tile - 1) / columns_a_tile);
+  walk.tiles_per_split = walk.tiles;
+  return walk;
+}
+
+// All barriers of a block, and who meets at each. A stage of the ring holds a piece of the stream (a tile, a panel or a
+// quarter of one), a slot what a tile's columns have besides their vectors. Use number u of a stage (u = n / STAGES for
+// piece n) waits for phases of parity u & 1 of `full` and (u - 1) & 1 of `empty`: an mbarrier starts in phase 0, so the
+// first use waits for no `empty`, the second for phase 0, which ends when every reader has left the first.
+//
+//   barrier          filled by (arrivals a phase)                         waited for by
+//   rows             producer's thread 0, once (1 + the rows' bytes)      consumers, parity 0
+//   full[stage]      producer's thread 0 (1 + the piece's bytes; the      consumers, before the first product reads it
+//                    bytes of the other half come from the other block)
+//   empty[stage]     lane 0 of each consumer warp of every block of the   producer's thread 0, before it fills it
+//   again:
+//                    cluster (8 or 16): a copy writes into both blocks    its copy writes into both blocks
+//   columns_full     the 96 threads of the producer's warps 1 to 3        consumers, before they use a tile's scores
+//   columns_empty    lane 0 of each consumer warp (8)                     fillers, before they write the slot again
+//   turn[consumer]   lane 0 of each warp of the other consumer (4)        the consumer: it may issue its products now
 template <int STAGES, int SLOTS>
 struct Barriers {
   uint64_t rows, full[STAGES], empty[STAGES], columns_full[SLOTS], columns_empty[SLOTS], turn[kConsumers];
@@ -21,7 +45,7 @@ struct Barriers {
     mbar_init(&rows, 1);
     for (int i = 0; i < STAGES; ++i) {
       mbar_init(&full[i], 1);
-      mbar_init(&empty[i], 4 * kConsumers * cluster);
+      mbar_init(&empty[i], 4 * kConsumers * cluster);  // 4 warps of each consumer
     }
     for (int i = 0; i < SLOTS; ++i) {
       mbar_init(&columns_full[i], kFillers);
@@ -32,16 +56,10 @@ struct Barriers {
   }
 };
 
-// Keeps what is computed from v from being computed ahead of a loop, a register each.
-template <class V>
-__device__ __forceinline__ V opaque(V v) {
-#if !CUDA_ON_CPU
-  asm volatile("" : "+r"(v));
-#endif
-  return v;
-}
-
-// A descriptor is a constant and, in its lowest bits, an address / 16, to which offsets / 16 are added.
+// A descriptor of a tile in shared memory, as wgmma wants it: bits 0-13 the address / 16, to which offsets / 16 may be
+// added; 16-29 the distance of panels / 16 (ignored for K-major tiles, 1 by convention); 32-45 the distance of groups
+// of 8 rows / 16, 8 rows of 128 bytes; 62-63 = 1, the 128-byte swizzle. Addresses stay below 2^18, so that sums never
+// carry.
 template <int PANEL>
 __device__ __forceinline__ uint64_t descriptor(uint32_t at) {
   constexpr uint64_t kConstant = uint64_t(PANEL >> 4 & 0x3fff) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
@@ -80,17 +98,21 @@ template <int COLUMNS, int STAGES, int PANELS, class T, class Bars>
 __device__ __forceinline__ void stream(Bars& bars, T* ring, const TensorMap& map, int n, int panel, int column,
                                        const Walk& walk) {
   constexpr int kHalf = COLUMNS / 2;
+  constexpr unsigned kBothBlocks = 0b11;
   const int stage = n % STAGES;
   T* to = ring + stage * PANELS * COLUMNS * kPanel;
   uint64_t* full = &bars.full[stage];
+  // All readers of the stage's last piece, in both blocks: this copy writes into both.
   if (n >= STAGES) mbar_wait_cluster(&bars.empty[stage], (n / STAGES - 1) & 1);
+  // This block's barrier counts all bytes that arrive here, the half that the other block fetches among them.
   mbar_arrive_expect(full, PANELS * COLUMNS * 128);
 #pragma unroll
   for (int p = 0; p < PANELS; ++p) {
     T* at = to + p * COLUMNS * kPanel;
     if (walk.cluster > 1) {
       const int rank = cluster_rank();
-      tensor_copy_multicast(at + rank * kHalf * kPanel, map, (panel + p) * kPanel, column + rank * kHalf, full, 3);
+      tensor_copy_multicast(at + rank * kHalf * kPanel, map, (panel + p) * kPanel, column + rank * kHalf, full,
+                            kBothBlocks);
     } else {
       tensor_copy(at, map, (panel + p) * kPanel, column, full);
       tensor_copy(at + kHalf * kPanel, map, (panel + p) * kPanel, column + kHalf, full);
@@ -99,9 +121,9 @@ __device__ __forceinline__ void stream(Bars& bars, T* ring, const TensorMap& map
 }
 
 // Warps 1 to 3 of the producer: what each column brings besides its vector.
-template <int COLUMNS, int SLOTS, class Work, class Bars>
-__device__ void fill_columns(const Work& work, typename Work::Column* columns, int* flags, Bars& bars, const Part& at,
-                             int rows) {
+template <int COLUMNS, int SLOTS, class Reduction, class Bars>
+__device__ void fill_columns(const Reduction& reduction, typename Reduction::Column* columns, int* flags, Bars& bars,
+                             const Part& at, int rows) {
   const int filler = threadIdx.x % 128 - 32;
 #pragma unroll 1
   for (int n = 0; n < at.count; ++n) {
@@ -110,7 +132,7 @@ __device__ void fill_columns(const Work& work, typename Work::Column* columns, i
     bool slow = false;
 #pragma unroll 1
     for (int c = filler; c < COLUMNS; c += kFillers)
-      slow |= work.fill(columns[slot * COLUMNS + c], (at.first + n) * COLUMNS + c, at.row0, rows);
+      slow |= reduction.fill(columns[slot * COLUMNS + c], (at.first + n) * COLUMNS + c, at.row0, rows);
     slow = __any_sync(kAllLanes, slow);
     if (lane() == 0) flags[slot * 3 + filler / 32] = slow;
     mbar_arrive(&bars.columns_full[slot]);

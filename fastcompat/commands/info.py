@@ -25,6 +25,7 @@ def info() -> None:
         "CUDA kernels": f"{build['cuda']} for {', '.join(build['cuda_archs'])}"
         if build["cuda"]
         else "not built",
+        "CUDA tier": build["cuda_tier"] or "the best that a GPU runs",
         "SIMD built": ", ".join(build["simd_built"]),
         "SIMD usable": f"{', '.join(build['simd_usable'])} (in use: {build['simd']})",
         "threads": f"{build['threads']} (follows torch.set_num_threads), {cpus} CPUs available",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, _inputs, _search
@@ -16,9 +14,9 @@ from ..functional import parts
 from ..functional.engine import row_stats
 
 _ROWS = 4096  # at a time
+_PAIRS = 2**22  # of rows and classes at a time, in float64
 
 
-@torch.inference_mode(False)  # the entropy needs a derivative
 @torch.no_grad()
 def uncertainty(
     features: Array,
@@ -43,18 +41,18 @@ def uncertainty(
         scores = fc.uncertainty(old, fc.class_prototypes(old_train, labels, num_classes))
         order = scores.argsort(descending=True, stable=True)      # for backfill_curve(..., order=order)
 
-    There is no [N, C] matrix: with `t` the best class and Z the log-sum-exp of the others, `1 - p(1) =
-    sigmoid(Z - z_t)`, which does not cancel for very certain items, and `H = h(p(1)) + (1 - p(1)) (Z - <f^,
-    dZ/df^>)`, h being the entropy of two outcomes.
+    There is no [N, C] matrix. With `t` the best class and Z the log-sum-exp of the others, `1 - p(1) =
+    sigmoid(Z - z_t)`, which does not cancel for very certain items. With `d_c = z_c - z_t` and `R = sum over
+    c != t of exp(d_c)`, `H = log(1 + R) - sum over c of exp(d_c) d_c / (1 + R)`, always in float64, some rows
+    at a time: a small temperature magnifies every rounding of a cosine.
 
     Args:
         features: [N, D], those stored in the gallery; what `fastcompat.topk` takes.
         class_weight: [C, D], the old classifier's weight or class prototypes (a zero row is a class too, with
             cosine 0 to everything: leave empty classes out). Both sides are L2-normalised here.
         kind: "entropy", "margin" or "least_confidence".
-        temperature: above 0. The native kernels' cosines are float32, which entropies see below 1e-3; the
-            reference computes in float64.
-        backend: "auto", "native" or "reference".
+        temperature: above 0.
+        backend: "auto", "native" or "reference"; the same for entropies, which no kernel computes.
 
     Returns:
         float32 [N] (float64 for float64 inputs), a tensor if `features` is one, else a NumPy array; higher =
@@ -73,38 +71,48 @@ def uncertainty(
     _search.refuse_nonfinite(x, weight, ("features", "class_weight"))
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     native = _checks.use_native(backend, weight.to(dtype))
-    wide = dtype if native else torch.float64
-    unit = normalised(weight.to(wide))
-    keys = torch.cat([unit, -torch.ones_like(unit[:, :1])], 1)  # [C, D + 1]
-    blocks = [
-        _uncertainty(normalised(block.to(wide)), keys, kind, scale, native).to(dtype)
-        for block in torch.split(x, _ROWS)
-    ]
+    wide = dtype if native and kind != "entropy" else torch.float64
+    keys = normalised(weight.to(wide))
+    rows = max(1, _PAIRS // len(keys)) if kind == "entropy" else _ROWS
+    if kind != "entropy":
+        keys = torch.cat([keys, -torch.ones_like(keys[:, :1])], 1)  # [C, D + 1]
+
+    def of(block: Tensor) -> Tensor:
+        query = normalised(block.to(wide))
+        if kind == "entropy":
+            return _entropy(query, keys, scale).to(dtype)
+        return _doubt(query, keys, kind, scale, native).to(dtype)
+
+    blocks = [of(block) for block in torch.split(x, rows)]
     result: Array = _checks.like_input((torch.cat(blocks),), features)[0]
     return result
 
 
-def _uncertainty(query: Tensor, keys: Tensor, kind: str, scale: float | Tensor, native: bool) -> Tensor:
-    """Of unit rows [B, D]; the keys' last column is -1.
+def _entropy(query: Tensor, keys: Tensor, scale: float | Tensor) -> Tensor:
+    """Of unit rows in float64."""
+    cosines = query @ keys.T  # [B, C]
+    best, at = cosines.max(1, keepdim=True)
+    below = (scale * cosines.sub_(best)).clamp_(
+        min=-1e3
+    )  # exp is 0 there; of an infinite logit 0 * inf is not
+    weights = below.exp().scatter_(1, at, 0.0)
+    rest = weights.sum(1)
+    return rest.log1p() - weights.mul_(below).sum(1) / (1 + rest)
+
+
+def _doubt(query: Tensor, keys: Tensor, kind: str, scale: float | Tensor, native: bool) -> Tensor:
+    """Least confidence or margin of unit rows [B, D]; the keys' last column is -1.
 
     Logits are taken below the best one, `(<f^, w^_c> - <f^, w^_t>) / temperature`: of a small temperature the
     logits themselves are so large that nothing is left of their differences.
     """
     best, ids = _search.topk([Segment(query, keys[:, :-1])], 2, "ip", native=native)
     query = torch.cat([query, best[:, :1].to(query.dtype)], 1)
-    with torch.enable_grad():
-        query.requires_grad_(kind == "entropy")
-        neg, pos, *_ = row_stats(native, SoftmaxProblem(query, keys, scale, positive=ids[:, 0]))
-        mean = torch.autograd.grad(neg.sum(), query)[0] if kind == "entropy" else query  # [B, D]
+    neg, pos, *_ = row_stats(native, SoftmaxProblem(query, keys, scale, positive=ids[:, 0]))
     rest = torch.sigmoid(neg - pos)  # 1 - p(1)
     if kind == "least_confidence":
         return rest
-    if kind == "margin":
-        second: Tensor = scale * (best[:, 1] - best[:, 0]) - torch.logaddexp(
-            neg, pos
-        )  # log p(2), -inf if there is only one class
-        return rest + second.exp()
-    most = math.log(max(1, len(keys) - 1))
-    among_others = (neg - (query.double() * mean).sum(1)).clamp(0, most)  # -inf if there is only one class
-    two: Tensor = torch.special.entr(rest) + (1 - rest) * F.softplus(neg - pos)
-    return two + rest * among_others
+    second: Tensor = scale * (best[:, 1] - best[:, 0]) - torch.logaddexp(
+        neg, pos
+    )  # log p(2), -inf if there is only one class
+    return rest + second.exp()

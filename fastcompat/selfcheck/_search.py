@@ -24,28 +24,40 @@ COUNTS = (1, 8, 70)  # queries: one, as many as are screened where the keys lie,
 @functools.cache
 def vectors(kind: str, metric: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Queries and keys with many ties ("ties"), or with near ties that rounding would mix up ("near")."""
-    gen = torch.Generator().manual_seed(1)
+    gen = torch.Generator("cpu").manual_seed(1)
     if kind == "near":
         # 9 bits a number, sums below 2^24; bfloat16 has 8 bits.
         most = 250 if dtype == torch.bfloat16 else 500
         dim = 15 if metric == "l2" else 45
-        query = torch.randint(-most, most + 1, (QUERIES, dim), generator=gen)
-        centre = torch.randint(20 - most, most - 19, (dim,), generator=gen)
-        keys = centre + torch.randint(-4, 5, (KEYS, dim), generator=gen)
+        query = torch.randint(-most, most + 1, (QUERIES, dim), generator=gen, dtype=torch.int64, device="cpu")
+        centre = torch.randint(20 - most, most - 19, (dim,), generator=gen, dtype=torch.int64, device="cpu")
+        keys = centre + torch.randint(-4, 5, (KEYS, dim), generator=gen, dtype=torch.int64, device="cpu")
     elif metric == "cosine":  # signs in 4^n columns: norms are powers of two; a few zero vectors
-        query, keys = (torch.randint(2, (n, 64), generator=gen) * 2 - 1 for n in (QUERIES, KEYS))
+        query, keys = (
+            torch.randint(2, (n, 64), generator=gen, dtype=torch.int64, device="cpu") * 2 - 1
+            for n in (QUERIES, KEYS)
+        )
         query[::11], keys[::13] = 0, 0
     else:
-        query, keys = (torch.randint(-3, 4, (n, 45), generator=gen) for n in (QUERIES, KEYS))
+        query, keys = (
+            torch.randint(-3, 4, (n, 45), generator=gen, dtype=torch.int64, device="cpu")
+            for n in (QUERIES, KEYS)
+        )
     return query.to(dtype), keys.to(dtype)
 
 
 @functools.cache
 def sets() -> tuple[Tensor, Tensor, Tensor]:
     """Labels of queries and keys, and one excluded key for most queries."""
-    gen = torch.Generator().manual_seed(2)
-    query_labels, key_labels = (torch.randint(-1, 3, (n,), generator=gen) for n in (QUERIES, KEYS))
-    return query_labels, key_labels, torch.randint(-1, KEYS, (QUERIES,), generator=gen)
+    gen = torch.Generator("cpu").manual_seed(2)
+    query_labels, key_labels = (
+        torch.randint(-1, 3, (n,), generator=gen, dtype=torch.int64, device="cpu") for n in (QUERIES, KEYS)
+    )
+    return (
+        query_labels,
+        key_labels,
+        torch.randint(-1, KEYS, (QUERIES,), generator=gen, dtype=torch.int64, device="cpu"),
+    )
 
 
 PARTS: dict[
@@ -58,7 +70,7 @@ PROBLEMS = [("ties", "ip"), ("ties", "l2"), ("ties", "cosine"), ("near", "ip"), 
 
 
 def _segments(query: Tensor, keys: Tensor, parts: str) -> list[Segment]:
-    rows = torch.arange(KEYS)
+    rows = torch.arange(KEYS, dtype=torch.int64, device="cpu")
     return [
         Segment(query, keys, None if part is None else rows[part], scale, offset)
         for part, scale, offset in PARTS[parts]
@@ -137,7 +149,14 @@ def _refuses_nan(dtype: torch.dtype, device: torch.device) -> str:
 
 def pair_scores(dtype: torch.dtype, device: torch.device) -> str:
     """`pair_scores`: every metric, places without a key included."""
-    ids = torch.randint(-1, KEYS, (QUERIES, 50), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(
+        -1,
+        KEYS,
+        (QUERIES, 50),
+        generator=torch.Generator("cpu").manual_seed(3),
+        dtype=torch.int64,
+        device="cpu",
+    )
     for kind, metric in [*PROBLEMS, ("near", "cosine")]:
         query, keys = vectors(kind, "ip" if kind == "near" and metric == "cosine" else metric, dtype)
         found = on(device, _ops.pair_scores, query, keys, ids, metric)
@@ -149,13 +168,13 @@ def pair_scores(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _walk(kind: str, metric: str, dtype: torch.dtype, rows: int, targets: int) -> tuple[Any, ...]:
-    gen = torch.Generator().manual_seed(4)
+    gen = torch.Generator("cpu").manual_seed(4)
     query, keys = (x[:n] for x, n in zip(vectors(kind, metric, dtype), (rows, 700), strict=True))
-    order = torch.randperm(700, generator=gen)
-    bounds = torch.tensor([10, 64, 64, 329, 690])
-    wanted = torch.randint(-1, 700, (rows, targets), generator=gen)
+    order = torch.randperm(700, generator=gen, dtype=torch.int64, device="cpu")
+    bounds = torch.tensor([10, 64, 64, 329, 690], dtype=torch.int64, device="cpu")
+    wanted = torch.randint(-1, 700, (rows, targets), generator=gen, dtype=torch.int64, device="cpu")
     bars = reference.pair_scores(query, keys, wanted, metric)
-    hole = torch.randint(-1, 700, (rows,), generator=gen)
+    hole = torch.randint(-1, 700, (rows,), generator=gen, dtype=torch.int64, device="cpu")
     return query, keys, order, bounds, bars, wanted, metric, hole
 
 

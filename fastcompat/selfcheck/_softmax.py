@@ -43,15 +43,21 @@ class Case:
 
 
 def _random(rows: int, keys: int, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Sets]:
-    query, bank = (torch.randn(n, DIM, generator=gen, dtype=torch.float32).mul(0.3) for n in (rows, keys))
-    bias = torch.randn(keys, generator=gen, dtype=torch.float32)
-    labels = [torch.randint(-1, CLASSES, (n,), generator=gen) for n in (rows, keys)]
-    positive, exclude = (torch.randint(-1, keys, (rows,), generator=gen) for _ in range(2))
+    query, bank = (
+        torch.randn(n, DIM, generator=gen, dtype=torch.float32, device="cpu").mul(0.3) for n in (rows, keys)
+    )
+    bias = torch.randn(keys, generator=gen, dtype=torch.float32, device="cpu")
+    labels = [
+        torch.randint(-1, CLASSES, (n,), generator=gen, dtype=torch.int64, device="cpu") for n in (rows, keys)
+    ]
+    positive, exclude = (
+        torch.randint(-1, keys, (rows,), generator=gen, dtype=torch.int64, device="cpu") for _ in range(2)
+    )
     return query, bank, bias, Sets(labels[0], labels[1], positive, exclude)
 
 
 def _problems() -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, Sets]]:
-    gen = torch.Generator().manual_seed(0)
+    gen = torch.Generator("cpu").manual_seed(0)
     query, keys, bias, sets = _random(37, 301, gen)
     yield "positives by label", query, keys, bias, sets._replace(positive=None)
     yield "positives by index", query, keys, bias, sets
@@ -62,7 +68,10 @@ def _problems() -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, Sets]]:
     yield "logits that grow along the keys", query, keys, bias, sets
     # A bank sorted by class, as people keep it: whole parts and blocks of it hold no negative of a query.
     query, keys, bias, sets = _random(9, 1300, gen)
-    sets = sets._replace(query_labels=torch.arange(9) % 3 - 1, key_labels=torch.arange(1300) // 650)
+    sets = sets._replace(
+        query_labels=torch.arange(9, dtype=torch.int64, device="cpu") % 3 - 1,
+        key_labels=torch.arange(1300, dtype=torch.int64, device="cpu") // 650,
+    )
     for size in (-100.0, -1000.0, 3000.0):
         shift, name = torch.full_like(bias, size), f"a sorted bank, logits near {size:.0f}"
         yield f"{name}, by index", query, keys, shift, sets
@@ -73,16 +82,16 @@ def _solved(
     name: str, query: Tensor, keys: Tensor, bias: Tensor | None, sets: Sets, dtype: torch.dtype
 ) -> Case:
     query, keys = query.to(dtype), keys.to(dtype)
-    problem = (query, keys, SCALE, torch.tensor(FACTOR, dtype=torch.float32), bias, *sets)
-    scale = torch.full((len(query), 1), SCALE * FACTOR, dtype=torch.float64)
-    leaves = [query.double(), keys.double(), scale, torch.zeros(len(keys), dtype=torch.float64)]
+    problem = (query, keys, SCALE, torch.tensor(FACTOR, dtype=torch.float32, device="cpu"), bias, *sets)
+    scale = torch.full((len(query), 1), SCALE * FACTOR, dtype=torch.float64, device="cpu")
+    leaves = [query.double(), keys.double(), scale, torch.zeros(len(keys), dtype=torch.float64, device="cpu")]
     if bias is not None:
         leaves[3] = bias.double()
     q, k, scale, b = (leaf.requires_grad_() for leaf in leaves)
     stats = reference.softmax_stats(q, k, scale, b, *sets)
     (mean,) = torch.autograd.grad(stats.neg_lse.sum(), q, retain_graph=True)
-    gen = torch.Generator().manual_seed(1)
-    arriving = torch.randn(3, len(query), generator=gen, dtype=torch.float32)
+    gen = torch.Generator("cpu").manual_seed(1)
+    arriving = torch.randn(3, len(query), generator=gen, dtype=torch.float32, device="cpu")
     gradients = torch.autograd.grad(
         [*stats[:3]], leaves, [*arriving.double()], retain_graph=True, allow_unused=True
     )

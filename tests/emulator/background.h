@@ -110,7 +110,7 @@ class Async {
 #endif
 };
 
-// Groups of asynchronous work, as cp.async, wgmma and bulk stores commit and await them.
+// Groups of asynchronous work, as cp.async and wgmma commit and await them.
 struct Groups {
   std::vector<std::function<void()>> open;
   std::deque<std::vector<std::function<void()>>> committed;

@@ -2,6 +2,9 @@
 // it stands, and emu::launch runs every CUDA thread as a fiber.
 #pragma once
 #include <cmath>
+#include <map>
+#include <mutex>
+#include <set>
 
 #include "schedules.h"
 
@@ -68,13 +71,13 @@ void __stcs(T* p, T v) {
 // ---- barriers and warp collectives
 inline void __syncthreads(emu::Where at = emu::here()) {
   const int threads = blockDim.x * blockDim.y * blockDim.z;
-  emu::meet({&emu::self().block->meetings[emu::BARRIER], 0, threads, true, true, true}, "__syncthreads", at, nullptr,
+  emu::meet({&emu::self().block->meetings[emu::BARRIER], 0, threads, true, true}, "__syncthreads", at, nullptr,
             emu::nothing);
 }
 inline int __syncthreads_or(int predicate, emu::Where at = emu::here()) {
   const int threads = blockDim.x * blockDim.y * blockDim.z;
   int any = predicate != 0;
-  emu::meet({&emu::self().block->meetings[emu::BARRIER], 0, threads, true, true, true}, "__syncthreads_or", at, &any,
+  emu::meet({&emu::self().block->meetings[emu::BARRIER], 0, threads, true, true}, "__syncthreads_or", at, &any,
             [](const std::vector<emu::Fiber*>& all) {
               int result = 0;
               for (emu::Fiber* f : all) result |= *static_cast<int*>(f->argument);
@@ -221,7 +224,7 @@ inline void __threadfence() {
 inline void __threadfence_block() { __threadfence(); }
 
 // ---- runtime
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
 typedef struct EmuStream* cudaStream_t;
 enum cudaMemcpyKind {
   cudaMemcpyHostToDevice = 1,
@@ -238,11 +241,66 @@ enum cudaDeviceAttr {
 namespace emu {
 inline int multiprocessors = 4, capability = 80;  // the device that cudaDeviceGetAttribute describes
 inline int driver = 13000;                        // the CUDA version that it supports
+inline int driver_questions = 0;                  // how often it was asked for
 }  // namespace emu
-inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "error"; }
+inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "invalid argument"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+// ---- contexts: each device has one, which a thread makes current
+typedef int CUdevice;
+typedef struct EmuContext* CUcontext;
+enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_CONTEXT = 201 };
+namespace emu {
+inline std::set<int> contexts;                 // devices that have one
+inline thread_local std::vector<int> current;  // devices whose context this thread has pushed
+}  // namespace emu
+inline CUresult cuDeviceGet(CUdevice* device, int number) { return *device = number, CUDA_SUCCESS; }
+inline CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+  emu::contexts.insert(device);
+  return *context = reinterpret_cast<CUcontext>(uintptr_t(device) + 1), CUDA_SUCCESS;
+}
+inline CUresult cuCtxPushCurrent(CUcontext context) {
+  emu::current.push_back(static_cast<int>(reinterpret_cast<uintptr_t>(context) - 1));
+  return CUDA_SUCCESS;
+}
+inline CUresult cuCtxPopCurrent(CUcontext*) {
+  if (emu::current.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  return emu::current.pop_back(), CUDA_SUCCESS;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  return *device = emu::current.empty() ? 0 : emu::current.back(), cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  emu::contexts.insert(device);
+  emu::current = {device};
+  return cudaSuccess;
+}
+
+// ---- a kernel's allowance of shared memory
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+namespace emu {
+inline std::map<const void*, int> allowance;
+inline int allowances_set = 0;  // how often
+inline std::mutex allowance_mutex;
+// Why the device does not take a launch.
+inline cudaError_t refusal(const void* kernel, int cluster, dim3 grid, dim3 block, size_t smem) {
+  const std::lock_guard<std::mutex> lock(allowance_mutex);
+  const auto found = allowance.find(kernel);
+  const size_t most = found == allowance.end() ? std::min<size_t>(48 << 10, smem_limit) : found->second;
+  const size_t threads = size_t(block.x) * block.y * block.z;
+  const bool right = smem <= most && threads && threads <= 1024 && grid.x && grid.y && grid.z && grid.y <= 65535 &&
+                     grid.z <= 65535 && cluster >= 1 && cluster <= 8 && grid.x % cluster == 0;
+  return right ? cudaSuccess : cudaErrorInvalidValue;
+}
+}  // namespace emu
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  const std::lock_guard<std::mutex> lock(emu::allowance_mutex);
+  if (bytes < 0 || size_t(bytes) > emu::smem_limit) return cudaErrorInvalidValue;
+  emu::allowance[kernel] = bytes;
+  ++emu::allowances_set;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetName(const char** name, const void*) { return *name = "a kernel", cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -252,7 +310,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
                                                             : static_cast<int>(emu::smem_limit);
   return cudaSuccess;
 }
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = emu::driver, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  ++emu::driver_questions;
+  return *version = emu::driver, cudaSuccess;
+}
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 template <class T>
 cudaError_t cudaMalloc(T** p, size_t bytes) {

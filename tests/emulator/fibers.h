@@ -57,7 +57,7 @@ struct Fiber {
   Where at;
   void* argument;
   std::function<bool()> until;
-  Groups copies, stores;
+  Groups copies;
   unsigned launch = 0;  // the last that it ran in
 #ifndef __x86_64__
   ucontext_t context;
@@ -167,7 +167,6 @@ inline void fiber_main() {
     {
       Quiet quiet;
       if (!self().copies.idle()) fail("exit with cp.async work that was not awaited");
-      if (!self().stores.idle()) fail("exit with bulk stores that were not awaited");
       self().state = Fiber::DONE;
       --self().block->running;
       ++machine.done;

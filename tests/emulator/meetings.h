@@ -5,12 +5,12 @@
 namespace emu {
 
 // The one synchronisation primitive: `need` threads come together, and the last runs body(arguments, fibers) for all.
-// A thread that does not stay is counted and goes on. orders: what was written before is visible after.
+// orders: what was written before is visible after.
 struct Party {
   std::vector<Meeting>* meetings;
   unsigned mask;
   int need;
-  bool strict, orders, stays;
+  bool strict, orders;
 };
 // What the last thread runs for all, who are in the order of their ids; a reference to the caller's function.
 class Body {
@@ -46,10 +46,9 @@ inline void meet(Party party, const char* op, Where at, void* argument, Body bod
          text(found->at));
   const auto token = found->token;
   me.argument = argument, me.op = op, me.at = at;
-  if (party.stays) found->waiting.push_back(&me);
+  found->waiting.push_back(&me);
   if (party.orders) release(token.get());
   if (++found->count < party.need) {
-    if (!party.stays) return;
     me.state = Fiber::WAITING;
     yield();
     if (party.orders) acquire(token.get());
@@ -61,7 +60,6 @@ inline void meet(Party party, const char* op, Where at, void* argument, Body bod
   body(all);
   for (Fiber* f : all)
     if (f != &me) wake(f);
-  if (!party.stays) return;
   if (party.orders) acquire(token.get());
   wake(&me);
   yield();
@@ -71,7 +69,7 @@ inline void warp_meet(unsigned mask, const char* op, Where at, void* argument, B
   Fiber& me = self();
   if (!(mask >> me.lane & 1)) fail(op, at, "the thread is not in its own mask");
   const int need = __builtin_popcount(mask);
-  meet({&me.block->meetings[WARP + me.id / 32], mask, need, true, orders, true}, op, at, argument, body);
+  meet({&me.block->meetings[WARP + me.id / 32], mask, need, true, orders}, op, at, argument, body);
 }
 
 inline void wait_until(const char* op, Where at, std::function<bool()> condition) {

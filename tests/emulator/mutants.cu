@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(160)
         bar_sync(1, 128);
         if (threadIdx.x == 0) {
           mbar_arrive(&empty[s]);
-          if (bug != REMOTE_ARRIVAL_MISSING) mbar_arrive_remote(&empty[s], rank ^ 1);
+          if (bug != REMOTE_ARRIVAL_MISSING) mbar_free_remote(&empty[s], rank ^ 1);
         }
       };
       if (bug == BUFFER_RELEASED_BEFORE_WAIT) release();

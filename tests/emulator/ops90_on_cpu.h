@@ -59,10 +59,6 @@ inline void mbar_wait(uint64_t* p, int parity, Where at) {
 }
 
 // ---- copies
-inline void expect_multiple_of_16(const char* op, Where at, const void* a, const void* b, int bytes) {
-  if ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | bytes) & 15)
-    fail(op, at, "addresses and size must be multiples of 16");
-}
 // A copy of `bytes` to shared memory that reports to bar.
 inline void copy_in(unsigned char* dst, int bytes, std::vector<Range> reads, Mbar& bar, std::function<void()> move) {
   reads.push_back({dst, size_t(bytes), true});
@@ -71,14 +67,6 @@ inline void copy_in(unsigned char* dst, int bytes, std::vector<Range> reads, Mba
     mbar_settle(bar);
   }));
 }
-inline void bulk_copy(void* dst, const void* src, int bytes, uint64_t* bar, Where at) {
-  Quiet quiet;
-  expect_multiple_of_16("cp.async.bulk", at, dst, src, bytes);
-  smem_address(dst, at, bytes);
-  copy_in(static_cast<unsigned char*>(dst), bytes, {{src, size_t(bytes), false}}, mbar(bar, "cp.async.bulk", at),
-          [=] { memcpy(dst, src, bytes); });
-}
-
 struct TensorMap {
   const uint16_t* data;
   int64_t rows, cols, stride;
@@ -122,30 +110,14 @@ inline void tensor_copy(void* dst, const TensorMap& map, int col, int row, uint6
   }
 }
 
-inline void bulk_store(void* dst, const void* src, int bytes, Where at) {
-  expect_multiple_of_16("cp.async.bulk", at, dst, src, bytes);
-  smem_address(src, at, bytes);
-  auto move = [=] { memcpy(dst, src, bytes); };
-  if (!machine.late) move();
-  Quiet quiet;
-  self().stores.open.push_back(machine.late ? std::function<void()>(move) : [] {});
-}
-inline void bulk_store_commit() {
-  Quiet quiet;
-  self().stores.commit();
-}
-inline void bulk_store_wait(size_t left) { self().stores.await(left); }
-
 // ---- barriers
-inline void named_barrier(int id, int threads, bool stays, Where at) {
+inline void named_barrier(int id, int threads, Where at) {
   if (id < 1 || id > 15) fail("bar", at, "named barriers are 1 to 15");
   if (threads % 32) fail("bar", at, "the number of threads must be a multiple of 32");
-  meet({&self().block->meetings[BARRIER + id], 0, threads, false, true, stays}, stays ? "bar.sync" : "bar.arrive", at,
-       nullptr, nothing);
+  meet({&self().block->meetings[BARRIER + id], 0, threads, false, true}, "bar.sync", at, nullptr, nothing);
 }
 inline void cluster_sync(Where at) {
-  meet({&machine.cluster_meetings, 0, int(machine.fibers.size()), true, true, true}, "cluster_sync", at, nullptr,
-       nothing);
+  meet({&machine.cluster_meetings, 0, int(machine.fibers.size()), true, true}, "cluster_sync", at, nullptr, nothing);
 }
 
 // ---- wgmma: late schedules form the product when its group is awaited, early ones at once
@@ -229,7 +201,7 @@ inline void wgmma_multiply(const WgmmaGroup& g) {
 
 inline void warpgroup_meet(const char* op, Where at, void* argument, Body body) {
   const int group = self().id / 128;
-  meet({&self().block->meetings[WARPGROUP + group], 0, 128, true, false, true}, op, at, argument, body);
+  meet({&self().block->meetings[WARPGROUP + group], 0, 128, true, false}, op, at, argument, body);
 }
 inline Groups& wgmma_groups() { return self().block->wgmma[self().id / 128]; }
 

@@ -51,6 +51,10 @@ holds at once, by registers, shared memory and threads, in the order of the arch
 or HGMMA instructions in the code. *128 bits*: share of the loads and copies from global memory that are
 16 bytes wide; *tensor*: the tensor copy engine loads.
 
+Neither tier has run on a GPU yet, the portable one (sm_80 and newer) no more than Hopper's (sm_90a): both are
+tested on an emulator, thread by thread, and by what is in their machine code. Times in `bench/LADDER.md` that
+concern a GPU are predictions.
+
 """
 Code = dict[str, dict[str, dict[str, Any]]]  # {architecture: {mangled kernel: facts}}
 Launches = dict[str, dict[int, tuple[int, int]]]  # {kernel: {D: (threads, bytes of shared memory)}}

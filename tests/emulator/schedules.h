@@ -113,7 +113,7 @@ inline void run_cluster(size_t smem) {
     f.lane = f.id % 32;
     f.warp = static_cast<int>(i) / 32;
     f.until = nullptr;
-    f.copies = f.stores = {};
+    f.copies = {};
     wake(&f);
   }
   while (machine.done < static_cast<int>(machine.fibers.size())) {
@@ -148,14 +148,6 @@ inline void launch(int cluster, dim3 grid, dim3 block, size_t smem, std::functio
   release(&machine.grid_start);
   Quiet quiet;
   std::lock_guard<std::mutex> lock(machine.one_launch);
-  const size_t threads = size_t(block.x) * block.y * block.z;
-  if (!threads || threads > 1024)
-    throw std::runtime_error("launch: a block of " + std::to_string(threads) + " threads");
-  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) throw std::runtime_error("launch: bad grid");
-  if (cluster < 1 || cluster > 8 || grid.x % cluster) throw std::runtime_error("launch: bad cluster");
-  if (smem > smem_limit)
-    throw std::runtime_error("launch: " + std::to_string(smem) + " bytes of shared memory, emu::smem_limit is " +
-                             std::to_string(smem_limit));
   counters.smem = std::max(counters.smem, smem);
   machine.smem_bytes = smem;
   machine.random.seed(seed);

@@ -1,6 +1,6 @@
 // Pair scores and beat-counts of the portable tier: the float of every pair, and counts against comparing them all.
 #include "search_cases.h"
-#include "search_sm80.h"
+#include "tiers.h"
 
 using namespace fastcompat;
 using namespace device_test;

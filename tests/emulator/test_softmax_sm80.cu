@@ -1,8 +1,8 @@
 // Softmax statistics and gradients of the portable tier. The rule: the error is at most twice that of the eager
 // expression in the same dtype (every product's operands and result rounded to it; statistics: of the embeddings as
 // floats), plus a few roundings of the largest number met.
-#include "softmax_sm80.h"
 #include "softmax_truth.h"
+#include "tiers.h"
 
 using namespace softmax_truth;
 

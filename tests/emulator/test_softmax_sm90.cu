@@ -1,7 +1,7 @@
 // The Hopper tier's softmax kernels against float64. Allowed: twice the error of the eager expression in the same
 // dtype.
-#include "softmax_sm90.h"
 #include "softmax_truth.h"
+#include "tiers.h"
 
 using namespace softmax_truth;
 

@@ -1,5 +1,5 @@
 // Top-k of the portable tier against a full sort: ids, ties and bits.
-#include "search_sm80.h"
+#include "tiers.h"
 #include "topk_cases.h"
 
 using namespace fastcompat;

@@ -1,8 +1,7 @@
 // Top-k of the Hopper tier against a full sort: ids, ties and bits. What it shares with the portable tier
 // (test_topk_sm80.cu) is tested there.
-#include "search_sm80.h"
+#include "tiers.h"
 #include "topk_cases.h"
-#include "topk_sm90.h"
 
 using namespace fastcompat;
 using namespace search_cases;
@@ -113,6 +112,32 @@ DEVICE_TEST_OF_VALUES(hopper_topk_every_k) {
   check_plain<bf16>(2, 700, 16, 100, Metric::cosine);
   check_plain<fp16>(2, 700, 8, 300, Metric::ip);
   check_plain<bf16>(2, 2300, 8, 2048, Metric::ip);
+}
+
+// Rows that overlap, as those of an expanded tensor and of sliding windows do: the copy engine takes no such matrix.
+DEVICE_TEST_OF_VALUES(hopper_topk_rows_that_overlap) {
+  allow_hopper();
+  constexpr int64_t dim = 24, n = 300;
+  for (const int64_t stride : {0, 8}) {
+    auto overlapping = [&](int64_t rows, unsigned seed) {
+      const auto line = gauss(1, (rows - 1) * stride + dim, seed);
+      std::vector<bf16> laid(line.begin(), line.end());
+      Rows out = {rows, dim, {}, nullptr, {}};
+      for (int64_t i = 0; i < rows * dim; ++i)
+        out.values.push_back(static_cast<float>(laid[static_cast<size_t>(i / dim * stride + i % dim)]));
+      auto buffer = std::make_shared<Buffer<bf16>>(laid);
+      out.memory = buffer;
+      out.matrix = {buffer->data(), DType::bf16, rows, dim, stride};
+      return out;
+    };
+    Part windows = part_of<bf16>(gauss(3, dim, 5), 3, gauss(n, dim, 6), n, dim), expanded = windows;
+    windows.keys = overlapping(n, 7);
+    expanded.query = overlapping(3, 8);
+    for (Part part : {windows, expanded}) {
+      std::vector<Part> parts = {part};
+      check_topk(parts, 5, Metric::cosine);
+    }
+  }
 }
 
 DEVICE_TEST_OF_VALUES(hopper_topk_takes_what_it_covers) {

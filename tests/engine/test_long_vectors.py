@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from engine.truth import EPSILON, Problem, check, check_stats, labels
 
 import fastcompat as fc
-from fastcompat import _ops
+from fastcompat import _autograd, _ops
+from fastcompat.reference import SoftmaxProblem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["normal", "positive"]  # positive numbers: rounding errors of a sum grow with its partial sums
@@ -55,3 +56,41 @@ def test_one_pair_has_one_score(dim, dtype, metric):
     assert torch.equal(beats[:, :, 0], torch.arange(4).expand(70, -1))
     if metric == "l2":
         assert expected[:20, 0].eq(0).all()
+
+
+def long_problem(dim, kind, dtype, by):
+    query, keys = rows(48, dim, kind, dtype), rows(130, dim, kind, dtype)
+    sets = labels("few", 48, 130) if by == "label" else {"positive": torch.randint(130, (48,))}
+    return Problem(query, keys, torch.tensor(100.0), **sets)
+
+
+def loss_and_gradients(p, *, fused):
+    leaves = [x.requires_grad_() for x in (p.query, p.keys, p.scale)]
+    neg, pos, *_ = p.fused() if fused else p.eager()
+    loss = (torch.logaddexp(neg, pos) - pos).mean()
+    return loss, *torch.autograd.grad(loss, leaves)
+
+
+def one_node(p, **_):
+    """The loss that comes with its gradients in one call."""
+    p.query.requires_grad_(), p.keys.requires_grad_()
+    loss = _autograd.softmax_loss(SoftmaxProblem(*vars(p).values()), True)
+    return loss, *torch.autograd.grad(loss, (p.query, p.keys))
+
+
+@pytest.mark.parametrize("of", [loss_and_gradients, one_node])
+@pytest.mark.parametrize("by", ["index", "label"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [1024, 3072, 8192])
+def test_losses_and_gradients(dim, kind, dtype, by, of):
+    p = long_problem(dim, kind, dtype, by)
+    ours = of(p, fused=True)
+    eager, truth = (loss_and_gradients(p.to(x), fused=False) for x in (dtype, torch.float64))
+    for mine, theirs, exact, name in zip(
+        ours, eager, truth, ("loss", "query", "keys", "scale"), strict=False
+    ):
+        # A loss is a difference of logits, the scale's gradient one of scores; no score is above 1.
+        size = {"loss": 100.0, "scale": 1.0}.get(name) or exact.abs().max().item()
+        floor = EPSILON / 2 * size
+        check(mine, theirs, exact, floor, name, dtype)

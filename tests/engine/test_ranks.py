@@ -66,7 +66,7 @@ def clustered(rows, dim):
 
 def extreme(rows, dim):
     """Products vanish, overflow, and are the difference of two infinities."""
-    return torch.randn(rows, dim) * 10.0 ** torch.randint(-25, 25, (rows, 1))
+    return torch.randn(rows, dim) * 10.0 ** torch.randint(-25, 25, (rows, 1)).float()
 
 
 @pytest.mark.parametrize("count", [1, 7, 100, 1000, 3000])

@@ -37,6 +37,19 @@ def test_values(backend, kind, rows, classes, dim, temperature):
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "classes", "dim"), [(1, 1, 3), (200, 1000, 2), (300, 100, 64)])
+@pytest.mark.parametrize("temperature", [1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.07, 1.0, 10.0])
+def test_entropies_at_every_temperature(backend, rows, classes, dim, temperature):
+    """On a circle so many classes lie close that small temperatures tell their cosines' last digits apart."""
+    features, weight = torch.randn(rows, dim), torch.randn(classes, dim)
+    found = fc.uncertainty(features, weight, temperature=temperature, backend=backend)
+    truth = definition(features, weight, "entropy", temperature)
+    assert (found.double() - truth).abs().max() <= 2**-24 * truth.abs().max() + 1e-9 * min(
+        1, 1e-8 / temperature
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_very_certain_items_still_have_an_order(kind):
     towards = torch.linspace(0, 1, 50)

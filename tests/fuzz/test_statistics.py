@@ -136,9 +136,13 @@ def gradients(outputs: list[Tensor], arriving: list[Tensor], chosen: list[Tensor
 
 
 def largest_logit(p: SoftmaxProblem) -> float:
-    size = abs(p.scale) * p.query.double().norm(dim=1).max() * p.keys.double().norm(dim=1).max()
-    bias = 0.0 if p.bias is None else p.bias.double().nan_to_num(0, 0, 0).abs().max()
-    return float(size + bias)
+    size = abs(p.scale) * _longest(p.query) * _longest(p.keys)
+    bias = 0.0 if p.bias is None else float(p.bias.detach().double().nan_to_num(0, 0, 0).abs().max())
+    return size + bias
+
+
+def _longest(rows: Tensor) -> float:
+    return float(rows.detach().double().norm(dim=1).max())
 
 
 def close(name: str, ours: Tensor, plain: Tensor, truth: Tensor, floor: float) -> None:

@@ -8,7 +8,11 @@ wants the module that CMakeLists.txt here describes.
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,11 +66,54 @@ def statistics_and_search() -> list[torch.Tensor]:
     return [*fc.softmax_stats(query, keys, backend="native"), *fc.topk(query, keys, 3, backend="native")]
 
 
+TIER = """
+import ctypes, sys
+from reroute import SHARED_MEMORY, emulated_module
+module = emulated_module()
+capability = int(sys.argv[1])
+ctypes.CDLL(module.__file__).emulate(capability, 13000, SHARED_MEMORY[capability])
+try:
+    print(module.build()["cuda_tier"], module.cuda.unusable(0), sep="|")
+except ValueError as error:
+    print("ValueError", error, sep="|")
+"""
+
+
+@pytest.mark.parametrize(
+    ("tier", "capability", "listed", "reason"),
+    [
+        (None, 90, "None", ""),
+        ("", 80, "None", ""),
+        ("sm80", 90, "sm80", ""),
+        ("sm90", 90, "sm90", ""),
+        ("sm90", 80, "sm90", "FASTCOMPAT_CUDA_TIER=sm90 needs compute capability 9.x, the device has 8.0"),
+        ("sm70", 80, "ValueError", "FASTCOMPAT_CUDA_TIER: unknown tier 'sm70': expected sm80 or sm90"),
+    ],
+)
+def test_the_environment_chooses_the_tier(
+    tier: str | None, capability: int, listed: str, reason: str
+) -> None:
+    if not any(MODULE.glob("_C*.so")):
+        pytest.skip("the emulated GPU is not built")
+    environment = {k: v for k, v in os.environ.items() if k != "FASTCOMPAT_CUDA_TIER"}
+    if tier is not None:
+        environment["FASTCOMPAT_CUDA_TIER"] = tier
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", TIER, str(capability)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    name, _, why = said.partition("|")
+    assert name == listed
+    assert why.startswith(reason) and bool(why) == bool(reason)
+
+
 def test_a_launch_that_fails(emulate: Callable[..., None]) -> None:
     right = statistics_and_search()
     emulate(80, 13000, 1 << 10)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"launch: .* shared memory"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"launch of .* \(CUDA error 1\); grid \d+x1x1 .* \d+ bytes of shared memory",
+        ):
             statistics_and_search()
     emulate(*AMPERE)
     assert all(map(torch.equal, statistics_and_search(), right))

@@ -187,10 +187,17 @@ void search_case(DType type, int64_t B, int64_t N, int64_t D, int64_t k, int thr
                                        {q.matrix, keys.matrix, even.data(), n_even, 1, 0}};
   for (Metric metric : {Metric::ip, Metric::l2}) {
     std::vector<float> packed(packed_size(keys.matrix, N, metric));
-    const std::vector<Segment> kept = {
+    const std::vector<Segment> from_packed = {
         {q.matrix, keys.matrix, nullptr, N, 1, 0, packed.empty() ? nullptr : packed.data()}};
-    if (!packed.empty()) pack(whole[0], metric, packed.data(), threads);
-    for (const auto* segments : {&whole, &halves, &kept}) {
+    if (!packed.empty()) {
+      std::vector<float> over_ones(packed.size());
+      std::memset(over_ones.data(), 0xff, over_ones.size() * sizeof(float));
+      pack(whole[0], metric, packed.data(), threads);
+      pack(whole[0], metric, over_ones.data(), threads);
+      expect(std::memcmp(packed.data(), over_ones.data(), packed.size() * sizeof(float)) == 0, "pack, every number", B,
+             N, D, type);
+    }
+    for (const auto* segments : {&whole, &halves, &from_packed}) {
       std::vector<float> scores(B * k);
       std::vector<int64_t> ids(B * k), beats(B * k), bounds = {0, N / 3, N / 3, N}, counts(B * k * 3);
       topk(*segments, k, metric, {query_labels.data(), key_labels.data(), exclude.data()}, scores.data(), ids.data(),

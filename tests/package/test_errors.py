@@ -351,6 +351,7 @@ def test_build_info_says_what_was_built():
         "compiler",
         "cuda",
         "cuda_archs",
+        "cuda_tier",
         "simd_built",
         "simd_usable",
         "simd",

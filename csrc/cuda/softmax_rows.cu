@@ -1,12 +1,16 @@
-// What happens to rows before and after the tiles: rounding to 16-bit planes, the gradients that arrive, the ordered
-// combine of splits, and a positive given by its index. Memory-bound, B D or N D numbers each; a warp takes a row.
-#pragma once
-#include "softmax_grad_sm80.cuh"
-#include "softmax_stats_sm80.cuh"
+// One warp a row, or one thread a row where nothing is added over columns. Memory-bound: B D or N D numbers each.
+#include <algorithm>
 
-namespace fastcompat::cuda::sm80 {
+#include "numbers.cuh"
+#include "softmax_rows.h"
+
+namespace fastcompat::cuda {
 
 constexpr int kRowThreads = 256, kBlockRows = kRowThreads / 32;
+
+static dim3 blocks_of(int64_t units, int64_t a_block) {
+  return dim3(static_cast<unsigned>((units + a_block - 1) / a_block));
+}
 
 // Row of this warp; a block's last warps may have none.
 __device__ __forceinline__ int64_t row_of_warp() {
@@ -15,14 +19,13 @@ __device__ __forceinline__ int64_t row_of_warp() {
 
 // The sum over the warp's lanes, the same in each.
 __device__ __forceinline__ double over_warp(double v) {
-  for (int n = 16; n; n /= 2) v += __shfl_xor_sync(~0u, v, n);
+  for (int lanes = 16; lanes; lanes /= 2) v += __shfl_xor_sync(kAllLanes, v, lanes);
   return v;
 }
 
-// Rows of any stride become planes of 16-byte aligned rows: a float is split into `terms` bf16 numbers.
-// report: pack_rows 40 registers
+// report: pack_rows_kernel 40 registers
 __global__ void __launch_bounds__(kRowThreads)
-    pack_rows(Matrix from, int terms, uint16_t* to, int64_t stride, int64_t plane) {
+    pack_rows_kernel(Matrix from, int terms, uint16_t* to, int64_t stride, int64_t plane) {
   const int64_t cells = stride / 8, all = from.rows * cells;
   for (int64_t n = blockIdx.x * int64_t{kRowThreads} + threadIdx.x; n < all; n += gridDim.x * int64_t{kRowThreads}) {
     const int64_t row = n / cells, d0 = n % cells * 8;
@@ -43,45 +46,46 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-struct CombineArgs {
+struct Combine {
   Matrix query, keys;
   float scale;
-  const float* scale_factor;
-  const float* bias;
+  const float *scale_factor, *bias;
   const int64_t *positive, *exclude;
   const RowPart* parts;
-  const float* sums;
-  int splits;
+  const float *first_sums, *further_sums;
+  int splits, parts_a_split;
+  double unit;
   SoftmaxStats out;
 };
 
-__device__ __forceinline__ double exp_shift(float top, double shift) {
-  return top == -CUDART_INF_F ? 0.0 : exp(static_cast<double>(shift_of(top)) - shift);
+// e^(top - shift), both in units of `unit`; 0 for an empty part.
+__device__ __forceinline__ double exp_shift(float top, double shift, double unit) {
+  return top == -CUDART_INF_F ? 0.0 : exp((static_cast<double>(shift_of(top)) - shift) * unit);
 }
 
-// neg_lse = max + log of the sum, mean = the splits' sums under one maximum; likewise positives.
-// report: combine_stats 40 registers
-__global__ void __launch_bounds__(kRowThreads) combine_stats(const __grid_constant__ CombineArgs a) {
+// report: combine_kernel 40 registers
+__global__ void __launch_bounds__(kRowThreads) combine_kernel(const __grid_constant__ Combine a) {
   const int64_t B = a.query.rows, N = a.keys.rows, D = a.query.dim, row = row_of_warp();
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, parts = a.splits * a.parts_a_split;
   if (row >= B) return;
   const bool bad = bad_index(a.positive, a.exclude, row, N);
   float top = -CUDART_INF_F, pos_top = -CUDART_INF_F;
-  for (int s = 0; s < a.splits; ++s) {
+  for (int s = 0; s < parts; ++s) {
     top = fmaxf(top, a.parts[s * B + row].top);
     pos_top = fmaxf(pos_top, a.parts[s * B + row].pos_top);
   }
   const double shift = shift_of(top), pos_shift = shift_of(pos_top);
   double total = 0, pos_total = 0, pos_sum = 0;
   int64_t pos_count = 0;
-  for (int s = 0; s < a.splits; ++s) {
+  for (int s = 0; s < parts; ++s) {
     const RowPart& part = a.parts[s * B + row];
-    total += part.sum_exp * exp_shift(part.top, shift);
-    pos_total += part.pos_sum_exp * exp_shift(part.pos_top, pos_shift);
+    total += part.sum_exp * exp_shift(part.top, shift, a.unit);
+    pos_total += part.pos_sum_exp * exp_shift(part.pos_top, pos_shift, a.unit);
     pos_sum += part.pos_sum;
     pos_count += part.pos_count;
   }
-  double neg_lse = shift + log(total), pos_lse = pos_shift + log(pos_total);
+  double neg_lse = shift * a.unit + log(total), pos_lse = pos_shift * a.unit + log(pos_total);
+  pos_sum *= a.unit;
   if (a.positive) {
     const int64_t j = N ? key_of(a.positive, row, N, 0) : -1;
     pos_count = j >= 0 && j != key_of(a.exclude, row, N, -1) && !(a.bias && a.bias[j] == -CUDART_INF_F);
@@ -103,19 +107,21 @@ __global__ void __launch_bounds__(kRowThreads) combine_stats(const __grid_consta
   for (int64_t d = lane; d < D; d += 32) {
     float mean = bad && total != 0 ? CUDART_NAN_F : 0.0f;
     for (int s = 0; s < a.splits && total != 0; ++s) {
-      const float weight = static_cast<float>(exp_shift(a.parts[s * B + row].top, shift) / total);
-      mean = fmaf(weight, a.sums[(s * B + row) * D + d], mean);
+      const float weight =
+          static_cast<float>(exp_shift(a.parts[s * a.parts_a_split * B + row].top, shift, a.unit) / total);
+      const float* sums = s ? a.further_sums + (s - 1) * B * D : a.first_sums;
+      mean = fmaf(weight, sums[row * D + d], mean);
     }
     a.out.mean[row * D + d] = mean;
   }
 }
 
-struct TermsArgs {
+struct QueryGradients {
   SoftmaxGrads in;
   int64_t queries, keys;
   const int64_t *query_labels, *positive, *exclude;
   float* coefficient_scale;  // or null: 1
-  QueryTerms* out;
+  QueryInfo* out;
 };
 
 struct CleanGradients {
@@ -129,10 +135,9 @@ __device__ __forceinline__ CleanGradients clean(const SoftmaxGrads& in, int64_t 
           no_pos || !in.g_sum ? 0.0f : in.g_sum[row]};
 }
 
-// The power of two that takes the largest possible coefficient to 2^14 .. 2^15: fp16 coefficients keep their bits. One
-// block.
-// report: find_coefficient_scale 18 registers
-__global__ void __launch_bounds__(1024) find_coefficient_scale(const __grid_constant__ TermsArgs a) {
+// One block.
+// report: coefficient_scale_kernel 18 registers
+__global__ void __launch_bounds__(1024) coefficient_scale_kernel(const __grid_constant__ QueryGradients a) {
   DYN_SMEM(smem);
   int* largest = reinterpret_cast<int*>(smem);
   if (threadIdx.x == 0) *largest = 0;
@@ -147,12 +152,12 @@ __global__ void __launch_bounds__(1024) find_coefficient_scale(const __grid_cons
   __syncthreads();
   if (threadIdx.x == 0) {
     const int exponent = (*largest >> 23) - 127;  // largest < 2^(exponent + 1)
-    *a.coefficient_scale = *largest ? ldexpf(1.0f, max(-100, min(100, 14 - exponent))) : 1.0f;
+    *a.coefficient_scale = *largest ? ldexpf(1.0f, min(14 - exponent, 120)) : 1.0f;
   }
 }
 
-// report: make_terms 30 registers
-__global__ void __launch_bounds__(kRowThreads) make_terms(const __grid_constant__ TermsArgs a) {
+// report: query_info_kernel 30 registers
+__global__ void __launch_bounds__(kRowThreads) query_info_kernel(const __grid_constant__ QueryGradients a) {
   const int64_t i = blockIdx.x * int64_t{kRowThreads} + threadIdx.x;
   if (i >= a.queries) return;
   const float scale = a.coefficient_scale ? *a.coefficient_scale : 1.0f;
@@ -166,7 +171,7 @@ __global__ void __launch_bounds__(kRowThreads) make_terms(const __grid_constant_
               exclude};
 }
 
-struct QueryGradArgs {
+struct QueryGrad {
   Matrix query, keys;
   float scale;
   const float* scale_factor;
@@ -180,9 +185,8 @@ struct QueryGradArgs {
   float* dscale;
 };
 
-// u = g_neg mean + sum over positives; dquery = scale u, dscale = <query, u>.
-// report: finish_query_grad 36 registers
-__global__ void __launch_bounds__(kRowThreads) finish_query_grad(const __grid_constant__ QueryGradArgs a) {
+// report: query_grad_kernel 36 registers
+__global__ void __launch_bounds__(kRowThreads) query_grad_kernel(const __grid_constant__ QueryGrad a) {
   const int64_t B = a.query.rows, N = a.keys.rows, D = a.query.dim, row = row_of_warp();
   if (row >= B) return;
   const CleanGradients g = clean(a.grads, row, bad_index(a.positive, a.exclude, row, N));
@@ -204,33 +208,70 @@ __global__ void __launch_bounds__(kRowThreads) finish_query_grad(const __grid_co
   if (threadIdx.x % 32 == 0) a.dscale[row] = static_cast<float>(dot);
 }
 
-struct KeyGradArgs {
-  const float *sums, *bias_sums;  // [splits, N, D], [splits, N], or null
-  int64_t keys, dim;
-  int splits;
-  float scale;
-  const float* scale_factor;
-  void* dkeys;
-  DType dtype;
-  float* dbias;
-};
-
-// report: add_key_grads 40 registers
-__global__ void __launch_bounds__(kRowThreads) add_key_grads(const __grid_constant__ KeyGradArgs a) {
-  const int64_t row = row_of_warp();
-  if (row >= a.keys) return;
-  const float scale = scale_of(a.scale, a.scale_factor);
-  for (int64_t d = threadIdx.x % 32; a.dkeys && d < a.dim; d += 32) {
-    const float* part = a.sums + row * a.dim + d;
-    float sum = 0.0f;
-    for (int s = 0; s < a.splits; ++s, part += a.keys * a.dim) sum += *part;
-    store(a.dkeys, a.dtype, row * a.dim + d, scale * sum);
+// QUAD numbers a thread, read at once.
+// report: sum_kernel 40 registers
+template <int QUAD>
+__global__ void __launch_bounds__(kRowThreads) sum_kernel(const float* parts, int64_t count, int splits, float scale,
+                                                          const float* factor, void* out, DType dtype) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) * QUAD;
+  if (i >= count) return;
+  float sum[4] = {};
+  for (int s = 0; s < splits; ++s) {
+    if constexpr (QUAD == 4) {
+      const float4 part = *reinterpret_cast<const float4*>(parts + s * count + i);
+      sum[0] += part.x;
+      sum[1] += part.y;
+      sum[2] += part.z;
+      sum[3] += part.w;
+    } else {
+      sum[0] += parts[s * count + i];
+    }
   }
-  if (a.dbias && threadIdx.x % 32 == 0) {
-    float sum = 0.0f;
-    for (int s = 0; s < a.splits; ++s) sum += a.bias_sums[s * a.keys + row];
-    a.dbias[row] = sum;
-  }
+  const float times = scale_of(scale, factor);
+#pragma unroll
+  for (int e = 0; e < QUAD; ++e) store(out, dtype, i + e, times * sum[e]);
 }
 
-}  // namespace fastcompat::cuda::sm80
+void combine_stats(const CombineArgs& a, void* stream) {
+  const SoftmaxProblem& p = a.problem;
+  const Combine c{p.query, p.keys,       p.scale,        a.scale_factor, p.bias,          p.positive, p.exclude,
+                  a.parts, a.first_sums, a.further_sums, a.splits,       a.parts_a_split, a.unit,     a.out};
+  launch(combine_kernel, blocks_of(p.query.rows, kBlockRows), dim3(kRowThreads), 0, stream, c);
+}
+
+void make_query_info(const SoftmaxProblem& p, const SoftmaxGrads& grads, const float* coefficient_scale, QueryInfo* out,
+                     void* stream) {
+  const QueryGradients a{
+      grads, p.query.rows, p.keys.rows, p.query_labels, p.positive, p.exclude, const_cast<float*>(coefficient_scale),
+      out};
+  launch(query_info_kernel, blocks_of(p.query.rows, kRowThreads), dim3(kRowThreads), 0, stream, a);
+}
+
+void find_coefficient_scale(const SoftmaxProblem& p, const SoftmaxGrads& grads, float* out, void* stream) {
+  const QueryGradients a{grads, p.query.rows, p.keys.rows, nullptr, p.positive, p.exclude, out, nullptr};
+  launch(coefficient_scale_kernel, dim3(1), dim3(1024), sizeof(int), stream, a);
+}
+
+void finish_query_grad(const QueryGradArgs& a, void* stream) {
+  const SoftmaxProblem& p = a.problem;
+  const QueryGrad g{p.query, p.keys, p.scale, a.scale_factor, p.positive, p.exclude, a.grads,
+                    a.mean,  a.sums, a.dots,  a.splits,       a.dquery,   a.dscale};
+  launch(query_grad_kernel, blocks_of(p.query.rows, kBlockRows), dim3(kRowThreads), 0, stream, g);
+}
+
+void sum_splits(const float* parts, int64_t count, int64_t splits, float scale, const float* scale_factor, void* out,
+                DType dtype, void* stream) {
+  const bool quads = count % 4 == 0;  // then every split's part is as aligned as the first
+  launch(quads ? sum_kernel<4> : sum_kernel<1>, blocks_of(count, (quads ? 4 : 1) * kRowThreads), dim3(kRowThreads), 0,
+         stream, parts, count, static_cast<int>(splits), scale, scale_factor, out, dtype);
+}
+
+void pack_rows(const Matrix& from, int terms, uint16_t* to, int64_t stride, int64_t plane, void* stream) {
+  const int64_t cells = plane / 8;
+  if (cells)
+    launch(pack_rows_kernel,
+           dim3(static_cast<unsigned>(std::min<int64_t>((cells + kRowThreads - 1) / kRowThreads, 1 << 20))),
+           dim3(kRowThreads), 0, stream, from, terms, to, stride, plane);
+}
+
+}  // namespace fastcompat::cuda

@@ -1,6 +1,6 @@
 // One pass over the rows of a matrix before they are searched. Fused: the check for NaN and infinity, norms, the bounds
 // of screening, and, where tensor cores cannot read the rows as they lie, a packed 16-bit copy:
-//   float32: bf16(x), then bf16(x - bf16(x)) where two terms are wanted;   16-bit: x, aligned and padded with zeros.
+//   float32: bf16(x), then bf16(x - bf16(x)) where two terms are kept;   16-bit: x, aligned and padded with zeros.
 // One block reads TILE rows, a warp one row at a time. Floor: each row is read from memory once (and from cache once).
 #pragma once
 #include "ops80.h"
@@ -20,15 +20,16 @@ struct RowPass {
   code_t flagged;                // of which this is row 0's
   const int64_t* checked_first;  // positions that count as read: [*checked_first, *checked_end); null: all
   const int64_t* checked_end;
-  RowTerms* terms;   // by position
-  KeyBounds* tiles;  // by position / TILE, or null
-  uint16_t* packed;  // [end - first, terms_kept * padded columns], or null
-  int terms_kept;    // of a float32: 1 or 2
+  RowFactors* factors;  // by position
+  KeyBounds* tiles;     // by position / TILE, or null
+  uint16_t* packed;     // [end - first, n_terms * padded columns], or null
+  int n_terms;          // of a float32: 1 or 2
 };
 
 __host__ __device__ inline int64_t padded_columns(int64_t dim) { return (dim + PIECE - 1) / PIECE * PIECE; }
 
-// At least the square root of a sum of squares that was added in fp32.
+// At least the square root of a sum of squares that was added in fp32: it may be off by (d + 64) 2^-22 of itself and,
+// by underflow, by d 2^-124; 1.0001 covers the rounding of this function.
 __device__ __forceinline__ float root_above(float square, int64_t dim) {
   const float d = static_cast<float>(dim);
   return 1.0001f * sqrtf(square * (1 + (d + 64) * 0x1p-22f) + d * 0x1p-124f);
@@ -42,7 +43,7 @@ __device__ __forceinline__ float pack_row(const RowPass& p, int64_t row, uint16_
   for (int64_t d = threadIdx.x % 32 * 8; d < columns; d += 256) {
     float x[8] = {};
     if (d < p.matrix.dim) load8(p.matrix, row, d, x);
-    for (int term = 0; term < p.terms_kept; ++term) {
+    for (int term = 0; term < p.n_terms; ++term) {
       uint32_t u[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ float pack_row(const RowPass& p, int64_t row, uint16_
   rest = warp_sum(rest);
   second = warp_sum(second);
   // Products of two second terms are left out: |second| <= 2^-8 |row|.
-  return root_above(rest, p.matrix.dim) + (p.terms_kept > 1 ? 0x1p-8f * root_above(second, p.matrix.dim) : 0.0f);
+  return root_above(rest, p.matrix.dim) + (p.n_terms > 1 ? 0x1p-8f * root_above(second, p.matrix.dim) : 0.0f);
 }
 
 // report: row_kernel 59 registers; LDG.E.128*, STG.E.128*
@@ -77,15 +78,15 @@ __global__ void __launch_bounds__(32 * ROW_WARPS) row_kernel(const __grid_consta
     const int64_t row = p.rows ? p.rows[at] : at;
     double wide;
     const float square = squared_norm(p.matrix, row, wide);
-    RowTerms terms;
-    set_factors(p.metric, p.keys, square, wide, terms);
-    if (p.packed) terms.residual = pack_row<T>(p, row, p.packed + (at - p.first) * p.terms_kept * columns, columns);
-    terms.norm += root_above(square, p.matrix.dim) + terms.residual;
-    const KeyBounds b = bounds_of(terms);
+    RowFactors factors;
+    set_factors(p.metric, p.keys, square, wide, factors);
+    if (p.packed) factors.residual = pack_row<T>(p, row, p.packed + (at - p.first) * p.n_terms * columns, columns);
+    factors.norm += root_above(square, p.matrix.dim) + factors.residual;
+    const KeyBounds b = bounds_of(factors);
     bounds = {fmaxf(bounds.residual, b.residual), fmaxf(bounds.norm, b.norm), fmaxf(bounds.add, b.add),
               fmaxf(bounds.multiply, b.multiply)};
     if (lane) continue;
-    p.terms[at] = terms;
+    p.factors[at] = factors;
     const bool checked = !p.checked_first || (at >= *p.checked_first && at < *p.checked_end);
     if (checked && !is_finite(wide)) atomicMin(p.flag, p.flagged + row);
   }
