@@ -72,7 +72,9 @@ def agreement(
     if isinstance(persistence, bool) or not isinstance(persistence, (int, float)) or not 0 < persistence < 1:
         raise ValueError(f"`persistence` must be a number between 0 and 1: got {persistence!r}")
     sides = ("query_old", before.query), ("old", before.gallery)
-    left_out = Excluded(exclude, None, sides).of(torch.arange(len(before.query), device=before.query.device))
+    left_out = Excluded(exclude, None, sides).of(
+        torch.arange(len(before.query), dtype=torch.int64, device=before.query.device)
+    )
     lists = [_first(space, k, left_out) for space in (before, after)]
     k = min(k, lists[0].shape[1])
     a, b = (ids[:, :k] for ids in lists)

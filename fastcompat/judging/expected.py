@@ -38,9 +38,10 @@ def figures(
         ks: the cut-offs.
         gain: "linear" or "exp".
     """
+    unknown = unknown.double()
     place = torch.arange(ahead.shape[-1], dtype=torch.float64, device=ahead.device)
     real = place < relevant[..., None]
-    inverse = _inverse(ahead.double(), unknown.double(), share)  # E[1 / (rank + 1)]
+    inverse = _inverse(ahead.double(), unknown, share)  # E[1 / (rank + 1)]
     ap = (inverse * (place + 1)).masked_fill(~real, 0).sum(-1) / relevant
     most = max(ks, default=1)
     first = slice(0, min(most, ahead.shape[-1]))

@@ -128,7 +128,7 @@ def forecast_curve(
             f"`sample_ids` must hold at least {LEAST} items that no query is judged by: got "
             f"{len(background)}; embed {LEAST - len(background)} more, drawn at random"
         )
-    background = background[torch.randperm(len(background), generator=random)[:_BACKGROUND].to(device)]
+    background = background[_shuffled(len(background), random)[:_BACKGROUND].to(device)]
     hidden = relevant.excluded(relevant.counted)
     tails = []
     if len(others):
@@ -254,7 +254,7 @@ def _tails(
         return space.pair_scores(counted, ids.expand(len(counted), -1)).double()
 
     new, old = scores(after, background), scores(before, known[background])  # [Q', M]
-    some = others[torch.randperm(len(others), generator=random)[:_BACKGROUND].to(others.device)]
+    some = others[_shuffled(len(others), random)[:_BACKGROUND].to(others.device)]
     everyone = torch.cat([old, scores(before, some)], 1)
     mean, spread = everyone.mean(1, keepdim=True), everyone.std(1, keepdim=True).clamp(min=1e-12)
     old = (old - mean) / spread
@@ -276,6 +276,10 @@ def _tails(
     group = torch.arange(len(background), dtype=torch.int64, device=bars.device) % _GROUPS
     parts = [torch.ones_like(group, dtype=torch.bool)] + [group != one for one in range(_GROUPS)]
     return [Tails(new[:, part], old[:, part], shares, edges) for part in parts]
+
+
+def _shuffled(count: int, random: torch.Generator) -> Tensor:
+    return torch.randperm(count, dtype=torch.int64, generator=random, device="cpu")
 
 
 def _rates(share: Tensor, count: int, z: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,8 +326,9 @@ def _curve(
     like: Any,
 ) -> BackfillCurve[Any]:
     counted = relevant.counted
-    drawn = torch.randint(len(counted), (samples, len(counted)), generator=random)
-    weights = torch.zeros(samples, len(counted), dtype=torch.float64, device="cpu")
+    shape = (samples, len(counted))
+    drawn = torch.randint(len(counted), shape, dtype=torch.int64, generator=random, device="cpu")
+    weights = torch.zeros(shape, dtype=torch.float64, device="cpu")
     weights.scatter_add_(1, drawn, torch.ones_like(weights)).div_(len(counted))
     weights = weights.to(counted.device)  # [S, Q']
     noise = torch.randn(samples, _GROUPS, dtype=torch.float64, generator=random, device="cpu").to(
@@ -338,7 +343,7 @@ def _curve(
     curve, low, high = {}, {}, {}
     for name, table in tables[0].items():
         parts = torch.stack([one[name][:, counted] for one in tables[1:]]) if len(tables) > 1 else None
-        values, swing = table[:, counted], torch.zeros((), dtype=torch.float64)
+        values, swing = table[:, counted], torch.zeros((), dtype=torch.float64, device=table.device)
         if parts is not None:
             mean = parts.mean(0)  # [T, Q']
             values = values - (_GROUPS - 1) * (mean - values)
