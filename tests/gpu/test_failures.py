@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from pathlib import Path
 
 import pytest
 import torch
@@ -118,31 +117,6 @@ try:
 except ValueError as error:
     print("ValueError", error, sep="|")
 """
-
-
-@pytest.mark.parametrize(
-    ("tier", "capability", "listed", "reason"),
-    [
-        (None, 90, "None", ""),
-        ("", 80, "None", ""),
-        ("sm80", 90, "sm80", ""),
-        ("sm90", 90, "sm90", ""),
-        ("sm90", 80, "sm90", "FASTCOMPAT_CUDA_TIER=sm90 needs compute capability 9.x, the device has 8.0"),
-        ("sm70", 80, "ValueError", "FASTCOMPAT_CUDA_TIER: unknown tier 'sm70': expected sm80 or sm90"),
-    ],
-)
-def test_the_environment_chooses_the_tier(tier: str | None, capability: int, listed: str, reason: str) -> None:
-    if not any(MODULE.glob("_C*.so")):
-        pytest.skip("the emulated GPU is not built")
-    environment = {k: v for k, v in os.environ.items() if k != "FASTCOMPAT_CUDA_TIER"}
-    if tier is not None:
-        environment["FASTCOMPAT_CUDA_TIER"] = tier
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-c", TIER, str(capability)]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-    name, _, why = said.partition("|")
-    assert name == listed
-    assert why.startswith(reason) and bool(why) == bool(reason)
 
 
 def test_a_launch_that_fails(emulate: Callable[..., None]) -> None:
