@@ -231,12 +231,9 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTCOMPAT_CUDA
     d["cuda"] = FASTCOMPAT_CUDA_VERSION;
     d["cuda_archs"] = py::str(FASTCOMPAT_CUDA_ARCHS).attr("split")(",");
-    const std::string tier = cuda::tier();
-    d["cuda_tier"] = tier.empty() ? py::object(py::none()) : py::str(tier);
 #else
     d["cuda"] = py::none();
     d["cuda_archs"] = py::list();
-    d["cuda_tier"] = py::none();
 #endif
     d["simd_built"] = simd_built();
     return d;

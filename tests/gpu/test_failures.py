@@ -106,19 +106,6 @@ def test_the_environment_chooses_the_tier(
     assert why.startswith(reason) and bool(why) == bool(reason)
 
 
-TIER = """
-import ctypes, sys
-from reroute import SHARED_MEMORY, emulated_module
-module = emulated_module()
-capability = int(sys.argv[1])
-ctypes.CDLL(module.__file__).emulate(capability, 13000, SHARED_MEMORY[capability])
-try:
-    print(module.build()["cuda_tier"], module.cuda.unusable(0), sep="|")
-except ValueError as error:
-    print("ValueError", error, sep="|")
-"""
-
-
 def test_a_launch_that_fails(emulate: Callable[..., None]) -> None:
     right = statistics_and_search()
     emulate(80, 13000, 1 << 10)
