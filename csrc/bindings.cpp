@@ -233,12 +233,9 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTCOMPAT_CUDA
     d["cuda"] = FASTCOMPAT_CUDA_VERSION;
     d["cuda_archs"] = py::str(FASTCOMPAT_CUDA_ARCHS).attr("split")(",");
-    const std::string tier = cuda::tier();
-    d["cuda_tier"] = tier.empty() ? py::object(py::none()) : py::str(tier);
 #else
     d["cuda"] = py::none();
     d["cuda_archs"] = py::list();
-    d["cuda_tier"] = py::none();
 #endif
     d["simd_built"] = simd_built();
     return d;
@@ -260,7 +257,7 @@ PYBIND11_MODULE(_C, m) {
     return low;
   });
   m.def("packed_size", [](const SegmentTuple& t, int metric) {
-    const Segment segment = segment_of(t, 0, metric_of(metric), false);
+    const Segment segment = segment_of(t, 0, metric_of(metric), true);
     return packed_size(segment.keys, segment.count, metric_of(metric));
   });
   m.def(

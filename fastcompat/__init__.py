@@ -5,8 +5,12 @@ from ._native import VERSION as __version__
 from ._native import build_info
 from ._types import SoftmaxStats
 from .functional import ranks, softmax_stats, topk
+from .judging.agreement import agreement
 from .judging.curve import BackfillCurve, backfill_curve
+from .judging.forecast import forecast_curve
 from .judging.metrics import RetrievalMetrics, retrieval_metrics
+from .judging.relevance import Relevance
+from .judging.statistics import compare, wilson
 from .judging.uncertainty import uncertainty
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
 from .serving.gallery import MixedGallery
@@ -20,6 +24,7 @@ __all__ = [
     "MixedGallery",
     "Procrustes",
     "PrototypeBank",
+    "Relevance",
     "ResidualHead",
     "RetrievalMetrics",
     "ReverseQueryTransform",
@@ -27,9 +32,12 @@ __all__ = [
     "SideInformation",
     "SoftmaxStats",
     "__version__",
+    "agreement",
     "backfill_curve",
     "build_info",
     "class_prototypes",
+    "compare",
+    "forecast_curve",
     "functional",
     "losses",
     "merge_topk",
@@ -41,4 +49,5 @@ __all__ = [
     "softmax_stats",
     "topk",
     "uncertainty",
+    "wilson",
 ]

@@ -9,7 +9,7 @@ from engine.truth import EPSILON, Problem, check, check_stats, labels
 
 import fastcompat as fc
 from fastcompat import _autograd, _ops
-from fastcompat.reference import SoftmaxProblem
+from fastcompat._types import SoftmaxProblem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["normal", "positive"]  # positive numbers: rounding errors of a sum grow with its partial sums

@@ -5,14 +5,9 @@ namespace fastcompat::cuda {
 void forget_devices();
 }
 
-namespace fastcompat::cuda {
-void forget_devices();
-}
-
 extern "C" __attribute__((visibility("default"))) void emulate(int capability, int driver, int shared_memory) {
   emu::capability = capability;
   emu::driver = driver;
   emu::smem_limit = shared_memory;
-  fastcompat::cuda::forget_devices();
   fastcompat::cuda::forget_devices();
 }

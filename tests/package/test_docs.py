@@ -10,7 +10,7 @@ import pytest
 PAGES = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ("serving.md", "transforms.md"))
+@pytest.mark.parametrize("page", ("forecast.md", "serving.md", "transforms.md"))
 def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)

@@ -22,7 +22,7 @@ FLOORS = (
     "_inputs _operands _normalise reference serving.folder",  # what users pass in; rows; the specification
     "_ops",  # torch operators
     "_search _autograd selfcheck",  # the one search front; gradients; are the kernels right
-    "_promoted prototypes judging.ranking",  # wide queries; class vectors; ranks
+    "_promoted prototypes",  # wide queries; class vectors
     "functional",  # the public functions
     "losses serving judging",  # modules; galleries and lists of results; figures
     "transforms serving.job commands.report commands.evaluation",
