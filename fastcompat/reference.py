@@ -217,9 +217,13 @@ def topk(
         refuse_nonfinite(part.query, part.keys, part.rows, number)
         rows = _count(part.keys.shape[0], part.keys.device) if part.rows is None else part.rows
         score = part.scale * scores(part.query, part.keys, metric)[:, rows] + part.offset
-        ids = rows if part.items is None else part.items[rows].long()
-        found.append(score[:, ids >= 0])
-        numbers.append(ids[ids >= 0])
+        if part.items is None:
+            ids = rows
+        else:
+            counted = part.items[rows] >= 0
+            score, ids = score[:, counted], part.items[rows][counted].long()
+        found.append(score)
+        numbers.append(ids)
     ids, order = torch.cat(numbers).sort()
     score = torch.cat(found, 1)[:, order]  # [B, M], by ascending id
     left_out = torch.zeros_like(score, dtype=torch.bool)
