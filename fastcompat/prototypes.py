@@ -274,6 +274,8 @@ def _hinge_gradient(x: Tensor, others: Tensor, rows: Tensor, threshold: float, b
 def _pair(old_prototypes: Tensor, new_prototypes: Tensor) -> tuple[Tensor, Tensor]:
     _checks.embeddings("new_prototypes", new_prototypes, "old_prototypes", old_prototypes)
     _checks.rows("new_prototypes", new_prototypes, "old_prototypes", old_prototypes)
+    if not old_prototypes.shape[1]:
+        raise ValueError("`old_prototypes` must have at least 1 column, since a perturbation has a direction")
     dtype = torch.promote_types(old_prototypes.dtype, new_prototypes.dtype)
     old, new = (
         normalised(old_prototypes.detach().to(dtype)),

@@ -115,4 +115,5 @@ def _check_prediction(pred: Tensor, target: Tensor) -> None:
 
 def _squared_error(pred: Tensor, target: Tensor) -> Tensor:
     wide = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
-    return (pred.to(wide) - target.detach().to(wide)).square().mean(1)  # [B]
+    squares = (pred.to(wide) - target.detach().to(wide)).square()  # [B, D]
+    return squares.mean(1) if squares.shape[1] else squares.sum(1)

@@ -75,7 +75,7 @@ def uncertainty(
     keys = normalised(weight.to(wide))
     rows = max(1, _PAIRS // len(keys)) if kind == "entropy" else _ROWS
     if kind != "entropy":
-        keys = torch.cat([keys, -torch.ones_like(keys[:, :1])], 1)  # [C, D + 1]
+        keys = torch.cat([keys, keys.new_full((len(keys), 1), -1)], 1)  # [C, D + 1]
 
     def of(block: Tensor) -> Tensor:
         query = normalised(block.to(wide))
