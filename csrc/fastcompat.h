@@ -59,13 +59,15 @@ void softmax_key_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, 
 // dquery [B, D] and dkeys [N, D] in the dtype of query and keys (null: not wanted).
 void softmax_loss(const SoftmaxProblem& problem, bool mean, float* loss, void* dquery, void* dkeys, int threads);
 
-// One embedding space of a gallery: the listed rows of keys are scored with this query as scale * score + offset.
+// One embedding space of a gallery: the listed rows of keys are scored with this query as scale * score + offset; a
+// query's own numbers, where there are any, replace those of the segment.
 struct Segment {
   Matrix query, keys;
   const int64_t* rows;  // [count] row numbers, which are the ids; null: every row in order
   int64_t count;
   float scale, offset;
   float* packed = nullptr;  // what pack() wrote for these rows, this metric and the instruction set in use
+  const float *scales = nullptr, *offsets = nullptr;  // [B], or null
 };
 
 struct TopkFilter {

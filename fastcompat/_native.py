@@ -220,7 +220,9 @@ class _Call:
         scale: float = 1.0,
         offset: float = 0.0,
         packed: Tensor | None = None,
+        affine: Tensor | None = None,
     ) -> tuple[Any, ...]:
+        """What the kernels know of a segment; `affine` [2, B] holds each query's own scale and offset."""
         if query.shape[1] == 0:  # a column of zeros scores the same
             query, keys = (x.new_zeros(len(x), 1) for x in (query, keys))
             self.kept += [query, keys]
@@ -239,6 +241,7 @@ class _Call:
             offset,
             self.flat(packed),
             0 if packed is None else packed.numel(),
+            *((0, 0) if affine is None else (self.flat(affine[0]), self.flat(affine[1]))),
         )
 
 
@@ -344,12 +347,16 @@ def topk(
     exclude: Tensor | None,
     packed: Sequence[Tensor],
     report: bool = True,
+    affine: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `fastcompat::topk`."""
     call = _Call(query[0])
     every: Sequence[Tensor | None] = rows or [None] * len(keys)
     kept: Sequence[Tensor | None] = packed or [None] * len(keys)
-    segments = [call.segment(*part) for part in zip(query, keys, every, scale, offset, kept, strict=True)]
+    own: Sequence[Tensor | None] = [None] * len(keys) if affine is None else affine.unbind()
+    segments = [
+        call.segment(*part) for part in zip(query, keys, every, scale, offset, kept, own, strict=True)
+    ]
     count = query[0].shape[0]
     scores = query[0].new_empty((count, k), dtype=torch.float32)
     ids = query[0].new_empty((count, k), dtype=torch.int64)
@@ -371,13 +378,15 @@ def topk(
     return scores, ids
 
 
-def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> Tensor:
+def pair_scores(
+    query: Tensor, keys: Tensor, ids: Tensor, metric: str, affine: Tensor | None = None
+) -> Tensor:
     """The op `fastcompat::pair_scores`."""
     call = _Call(query)
     out = query.new_empty(ids.shape, dtype=torch.float32)
     call.run(
         "pair_scores",
-        call.segment(query, keys, None),
+        call.segment(query, keys, None, affine=affine),
         METRICS.index(metric),
         query.shape[0],
         call.flat(ids),
@@ -397,6 +406,7 @@ def count_beats(
     threshold_ids: Tensor,
     metric: str,
     exclude: Tensor | None,
+    affine: Tensor | None = None,
 ) -> Tensor:
     """The op `fastcompat::count_beats`."""
     call = _Call(query)
@@ -405,7 +415,7 @@ def count_beats(
     out = query.new_empty((count, targets, blocks), dtype=torch.int64)
     call.run(
         "count_beats",
-        call.segment(query, keys, rows),
+        call.segment(query, keys, rows, affine=affine),
         METRICS.index(metric),
         count,
         call.flat(bounds),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from . import _checks, _native, _ops, reference
@@ -43,16 +44,30 @@ def topk(
             return reference.topk(segments, k, metric, query_labels, key_labels, exclude)
         query, keys, rows, scale, offset = map(list, zip(*segments, strict=True))
         chosen = [part for part in rows if part is not None]
+        own = None
+        if any(isinstance(x, Tensor) for x in (*scale, *offset)):
+            both = zip(scale, offset, strict=True)
+            own = torch.stack([affine(*numbers, query[0]) for numbers in both])  # [S, 2, B]
+            scale, offset = [1.0] * len(query), [0.0] * len(query)
         _checks.no_transforms(forward_mode=False)
         sets = (query_labels, key_labels, exclude)
         found: tuple[Tensor, Tensor] = _ops.topk(
-            query, keys, chosen, scale, offset, k, metric, *sets, packed, report
+            query, keys, chosen, scale, offset, k, metric, *sets, packed, report, own
         )
         return found
     except _checks.NonFiniteError as error:
         _checks.refuse_nonfinite(error, names)
     except _checks.ScoreOverflowError as error:
         _checks.refuse_overflow(error.row, names[0][0])
+
+
+def affine(scale: float | Tensor, offset: float | Tensor, query: Tensor) -> Tensor:
+    """Scale and offset of every query, float32 [2, B], from numbers or vectors."""
+    count = len(query)
+    vectors = (
+        torch.as_tensor(x, dtype=torch.float32, device=query.device).expand(count) for x in (scale, offset)
+    )
+    return torch.stack(list(vectors))
 
 
 def pack(segment: Segment, metric: str, names: tuple[str, str]) -> Tensor:

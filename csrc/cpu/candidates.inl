@@ -139,7 +139,6 @@ struct Bounded {
     const int64_t query = item.first_query + q;
     float* scores = item.scores + state.at(q);
     const int32_t* ids = item.ids + state.at(q);
-    const float factor = s.query_factor[query];
     with_search_arithmetic(s.keys, item.metric, [&](auto a) {
       using A = decltype(a);
       const float* x = words_of_row<A>(s.query, query, ws.floats(kLine, padded(s.query.dim)));
@@ -147,7 +146,7 @@ struct Bounded {
         const int n = static_cast<int>(smaller<int64_t>(W, to - i));
         float out[W];
         fetch(s.keys, ids + i + W, to - i - W);
-        exact_scores<A>(s, item.metric, x, factor, ids + i, n, out, ws);
+        exact_scores<A>(s, item.metric, x, query, ids + i, n, out, ws);
         std::memcpy(scores + i, out, static_cast<size_t>(n) * sizeof(float));
       }
     });
@@ -176,10 +175,8 @@ struct Screening {
   Bounded& candidates;
   TopkState& state;
   const SearchSegment& s;
-  SegmentTerms segment;
 
-  Screening(Bounded& candidates, const SearchSegment& s)
-      : candidates(candidates), state(candidates.state), s(s), segment(s) {}
+  Screening(Bounded& candidates, const SearchSegment& s) : candidates(candidates), state(candidates.state), s(s) {}
 
   // Products [n][L] of keys from position `first` on and strip t.
   template <bool UNITS>
@@ -187,11 +184,10 @@ struct Screening {
              const QueryBounds& queries, int t) {
     state.refresh(t);
     const float* threshold = state.threshold + t * L;
-    screen_block<UNITS>(
-        keys, most, products, n, queries, segment, threshold, [&](int row, int lane, float low, float high) {
-          if (t * L + lane < state.item.n_queries && !(high <= threshold[lane]))  // it may have risen since
-            candidates.offer(t * L + lane, low, high, id_at(s, first + row));
-        });
+    screen_block<UNITS>(keys, most, products, n, queries, threshold, [&](int row, int lane, float low, float high) {
+      if (t * L + lane < state.item.n_queries && !(high <= threshold[lane]))  // it may have risen since
+        candidates.offer(t * L + lane, low, high, id_at(s, first + row));
+    });
   }
 };
 

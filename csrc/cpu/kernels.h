@@ -93,10 +93,10 @@ struct SearchSegment {
   Matrix query, keys;
   const int64_t* rows;
   int64_t count;
-  float scale, offset;
-  const float* query_factor;  // [B]
-  const float* centre;        // [D] what l2 is screened around; null for other metrics
-  float* packed;              // or null
+  const float *query_factor, *scale, *offset;  // [B]
+  bool rises;                                  // with the score, for every query: all scales are above 0
+  const float* centre;                         // [D] what l2 is screened around; null for other metrics
+  float* packed;                               // or null
 };
 
 struct TopkItem {

@@ -122,7 +122,6 @@ struct Scored {
   Beats& beats;
   Workspace& ws;
   PackedQueries<A> queries;
-  SegmentTerms segment;
   RowRange keys;
   float* rows;
 
@@ -130,7 +129,6 @@ struct Scored {
       : beats(beats),
         ws(ws),
         queries(beats.s, beats.item.first_query, beats.item.n_queries, ws),
-        segment(beats.s),
         keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
         rows(ws.floats(kRows, chunks_of(queries.words) * NB * CHUNK)) {}
 
@@ -162,7 +160,7 @@ struct Scored {
       with_count<MR>(smaller(beats.n - from, MR), [&](auto height) {
         constexpr int R = decltype(height)::value;
         F acc[R][NV];
-        finished_tile<A, R>(segment, rows, from, queries, t, terms, acc);
+        finished_tile<A, R>(rows, from, queries, t, terms, acc);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -179,7 +177,6 @@ struct Bracketed {
   Beats& beats;
   Workspace& ws;
   RoundedQueries queries;
-  SegmentTerms segment;
   RowRange keys;
   RoundedBlock rounded;
 
@@ -187,7 +184,6 @@ struct Bracketed {
       : beats(beats),
         ws(ws),
         queries(beats.s, beats.item.metric, beats.item.first_query, beats.item.n_queries, ws),
-        segment(beats.s),
         keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
         rounded(ws.floats(kRows, RoundedBlock::floats(queries.words)), queries.words) {}
 
@@ -220,7 +216,7 @@ struct Bracketed {
         const auto of = [&](const float* x) { return Simd::load(x + v * W); };
         const F product = of(beats.scores + i * L), dot = Rounding::kUnits ? Simd::mul(product, of(q.unit)) : product;
         const F blur = Simd::fma(of(q.slack), b, Simd::fma(of(q.norm), c, of(q.own)));
-        const auto finish = [&](F inner) { return last_steps(inner, of(q.terms.multiply), of(q.terms.add), segment); };
+        const LastSteps finish(q.terms, v);
         least[v] = Simd::max(finish(Simd::fma(dot, a, Simd::sub(below, blur))), Simd::set1(-kInf));
         most[v] = Simd::min(finish(Simd::fma(dot, a, Simd::add(above, blur))), Simd::set1(kInf));
       }
@@ -237,7 +233,7 @@ struct Bracketed {
       with_search_arithmetic(beats.s.keys, beats.item.metric, [&](auto a) {
         using A = decltype(a);
         const float* x = words_of_row<A>(beats.s.query, query, ws.floats(kLine, padded(beats.s.query.dim)));
-        exact_scores<A>(beats.s, beats.item.metric, x, beats.s.query_factor[query], &id, 1, score, ws);
+        exact_scores<A>(beats.s, beats.item.metric, x, query, &id, 1, score, ws);
       });
     }
     strip.settle(lane, beats.low[k], beats.high[k], standing(score[0], id));
@@ -251,7 +247,7 @@ void beats_with(const BeatsItem& item, Workspace& ws) {
   Beats beats(item, ws);
   int64_t begin = item.begin;
 #ifdef FASTCOMPAT_SCREEN
-  if (A::PACK == 1 && item.n_queries > 2 * L && item.segment->scale > 0) {
+  if (A::PACK == 1 && item.n_queries > 2 * L && item.segment->rises) {
     [[maybe_unused]] const Screen::Scope scope;
     Bracketed scorer(beats, ws);
     begin = beats.walk(scorer, begin);
@@ -278,7 +274,7 @@ void pairs_with(const PairItem& item, Workspace& ws) {
       int real = 0;
       for (int i = 0; i < n; ++i)
         if (ids[from + i] >= 0) some[real++] = static_cast<int32_t>(ids[from + i]);
-      if (real) exact_scores<A>(s, item.metric, x, s.query_factor[q], some, real, out, ws);
+      if (real) exact_scores<A>(s, item.metric, x, q, some, real, out, ws);
       for (int i = 0, next = 0; i < n; ++i)
         item.out[q * item.targets + from + i] = ids[from + i] < 0 ? -kInf : out[next++];
     }

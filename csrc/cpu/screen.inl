@@ -75,18 +75,33 @@ struct KeyBounds {
   }
 };
 
-struct LaneTerms {  // of inner * multiply + add
-  float multiply[L], add[L];
+struct LaneTerms {  // of (inner * multiply + add) * scale + offset
+  float multiply[L], add[L], scale[L], offset[L];
+};
+
+// The steps from a product, after the key's, to a score.
+struct LastSteps {
+  F multiply, add, scale, offset;
+
+  LastSteps(const LaneTerms& terms, int v)
+      : multiply(Simd::load(terms.multiply + v * W)),
+        add(Simd::load(terms.add + v * W)),
+        scale(Simd::load(terms.scale + v * W)),
+        offset(Simd::load(terms.offset + v * W)) {}
+
+  F operator()(F inner) const { return Simd::fma(Simd::fma(inner, multiply, add), scale, offset); }
 };
 
 // What a strip of queries brings.
 struct QueryBounds {
-  float norm[L], slack[L], own[L], unit[L], inverse[L];  // `own`: whatever the key; the last: of what terms multiply by
+  float norm[L], slack[L], own[L], unit[L];  // `own`: whatever the key
+  float inverse[L], inverse_scale[L];        // of what terms multiply by
   LaneTerms terms;
   float stretch;  // the largest that a sum can be instead of 1
 
-  // A query's norm, the norm of what rounding took away, and what its products are multiplied by.
-  void set(int lane, Metric metric, int64_t dim, double length, float lost, float one, float factor) {
+  // A query's norm, the norm of what rounding took away, what its products are multiplied by, and its scores.
+  void set(int lane, Metric metric, int64_t dim, double length, float lost, float one, const SearchSegment& s,
+           int64_t row) {
     const double sums = (2.0 * static_cast<double>(dim) + 32) * 0x1p-24;
     const float square = metric == Metric::l2 ? static_cast<float>(length * length) : 0;
     norm[lane] = larger(length + lost, dim);
@@ -94,37 +109,35 @@ struct QueryBounds {
         extreme(length * length) ? kInf : larger(lost + sums * length, dim);  // infinite: all of its keys pass
     own[lane] = square_blur(square, dim);
     unit[lane] = one;
-    terms.multiply[lane] = factor;
+    terms.multiply[lane] = s.query_factor[row];
     terms.add[lane] = -square;
-    inverse[lane] = 1 / factor;
+    terms.scale[lane] = s.scale[row];
+    terms.offset[lane] = s.offset[row];
+    inverse[lane] = 1 / s.query_factor[row];
+    inverse_scale[lane] = 1 / s.scale[row];
     stretch = 1;
   }
 };
 
-inline F last_steps(F inner, F c, F d, const SegmentTerms& s) {
-  return Simd::fma(Simd::fma(inner, c, d), s.scale, s.offset);
-}
-
 // A limit for products after the key's steps: up to it no score is above the lane's bar. The bar taken through the
 // other steps backwards, which round, and a little less; where taking it forwards does not confirm it, -inf. Steps only
 // grow.
-inline F inner_limit(F bar, F multiply, F add, F inverse, const SegmentTerms& s) {
+inline F inner_limit(F bar, F inverse, F inverse_scale, const LastSteps& steps) {
   const auto size = [](F a) { return Simd::max(a, Simd::sub(Simd::set1(0.0f), a)); };
-  const F rounding =
-      Simd::mul(Simd::fma(Simd::add(size(bar), size(s.offset)), s.inverse_scale, size(add)), Simd::set1(0x1p-21f));
-  const F scaled = Simd::sub(Simd::mul(Simd::sub(bar, s.offset), s.inverse_scale), add);
+  const F rounding = Simd::mul(Simd::fma(Simd::add(size(bar), size(steps.offset)), inverse_scale, size(steps.add)),
+                               Simd::set1(0x1p-21f));
+  const F scaled = Simd::sub(Simd::mul(Simd::sub(bar, steps.offset), inverse_scale), steps.add);
   const F limit = Simd::min(Simd::mul(Simd::sub(scaled, rounding), inverse), Simd::set1(kLargest));  // of NaN: kLargest
   const F finite = Simd::max(limit, Simd::set1(-kLargest));
-  return Simd::select(Simd::not_le(last_steps(finite, multiply, add, s), bar), Simd::set1(-kInf), finite);
+  return Simd::select(Simd::not_le(steps(finite), bar), Simd::set1(-kInf), finite);
 }
 
 // Calls offer(row, lane, low, high) for every pair of a strip with the n rows of a block that may score above the
 // lane's threshold, with bounds of its score. UNITS: the products [n][L] count the queries' units. `most`: the rows'.
 template <bool UNITS, class Offer>
 inline void screen_block(const KeyBounds& keys, const Blur& most, const float* products, int n,
-                         const QueryBounds& queries, const SegmentTerms& segment, const float* threshold,
-                         Offer&& offer) {
-  F norm[NV], slack[NV], own[NV], unit[NV], multiply[NV], add[NV], largest_blur[NV], limit[NV];
+                         const QueryBounds& queries, const float* threshold, Offer&& offer) {
+  F norm[NV], slack[NV], own[NV], unit[NV], largest_blur[NV], limit[NV];
   const F stretch = Simd::set1(queries.stretch);
   const auto blur = [&](float key_norm, float key_slack, int v) {
     return Simd::fma(slack[v], Simd::set1(key_norm), Simd::fma(norm[v], Simd::set1(key_slack), own[v]));
@@ -134,11 +147,9 @@ inline void screen_block(const KeyBounds& keys, const Blur& most, const float* p
     slack[v] = Simd::load(queries.slack + v * W);
     own[v] = Simd::load(queries.own + v * W);
     unit[v] = Simd::load(queries.unit + v * W);
-    multiply[v] = Simd::load(queries.terms.multiply + v * W);
-    add[v] = Simd::load(queries.terms.add + v * W);
     largest_blur[v] = blur(most.norm, most.slack, v);
-    limit[v] =
-        inner_limit(Simd::load(threshold + v * W), multiply[v], add[v], Simd::load(queries.inverse + v * W), segment);
+    limit[v] = inner_limit(Simd::load(threshold + v * W), Simd::load(queries.inverse + v * W),
+                           Simd::load(queries.inverse_scale + v * W), LastSteps(queries.terms, v));
   }
   const auto product = [&](int i, int v) {
     const F p = Simd::load(products + i * L + v * W);
@@ -164,9 +175,8 @@ inline void screen_block(const KeyBounds& keys, const Blur& most, const float* p
       uint32_t passes = 0;
       for (int v = 0; v < NV; ++v) {
         const F around = blur(keys.norm[i], keys.slack[i], v), dot = product(i, v);
-        const auto bound = [&](F dot, F constant) {
-          return last_steps(inner(dot, i, constant), multiply[v], add[v], segment);
-        };
+        const LastSteps steps(queries.terms, v);
+        const auto bound = [&](F dot, F constant) { return steps(inner(dot, i, constant)); };
         const F highest = bound(dot, Simd::add(around, Simd::set1(keys.high[i])));
         const F lowest = bound(Simd::mul(dot, stretch), Simd::sub(Simd::set1(keys.low[i]), around));
         Simd::store(high + v * W, highest);
