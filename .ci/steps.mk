@@ -47,8 +47,8 @@ wheel-without-gpu: cuda-wheel tests
 	.venv-wheel/bin/fastcompat info
 	best=$$(cd build && ../.venv-wheel/bin/python -c 'import fastcompat; assert fastcompat.build_info()["cuda"]
 	assert "no NVIDIA driver" in fastcompat._native._C.cuda.unusable(0); print(fastcompat.build_info()["simd"])')
-	.venv-wheel/bin/python -m pytest tests/package/test_install.py
-	.venv-wheel/bin/python -m pytest tests/engine/test_topk.py tests/engine/test_softmax_stats.py -k "$$best"
+	.venv-wheel/bin/python .venv-test/bin/pytest tests/package/test_install.py
+	.venv-wheel/bin/python .venv-test/bin/pytest tests/engine/test_topk.py tests/engine/test_softmax_stats.py -k "$$best"
 
 # AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:
@@ -91,8 +91,9 @@ python-3.10 python-3.13: python-%:
 	$(no_warnings) SKBUILD_CMAKE_DEFINE=FASTCOMPAT_CUDA=OFF build/python-$*/bin/pip install -q --no-deps .
 	cd build
 	python-$*/bin/python -W error -m compileall -q ../fastcompat
-	python-$*/bin/python -c 'import glob, importlib.util as util, sysconfig
-	spec = util.spec_from_file_location("_C", *glob.glob(sysconfig.get_path("platlib") + "/fastcompat/_C*.so"))
+	python-$*/bin/python -c 'import importlib.util as util, sysconfig
+	module = sysconfig.get_path("platlib") + "/fastcompat/_C" + sysconfig.get_config_var("EXT_SUFFIX")
+	spec = util.spec_from_file_location("_C", module)
 	module = util.module_from_spec(spec); spec.loader.exec_module(module)
 	print(module.build()["version"], module.simd_levels())'
 

@@ -7,6 +7,9 @@ from .backfill import BackfillCurve, backfill_curve
 from .evaluate import RetrievalMetrics, retrieval_metrics
 from .functional import ranks, softmax_stats, topk
 from .gallery import mixed_topk
+from .judging.agreement import agreement
+from .judging.relevance import Relevance
+from .judging.statistics import compare, wilson
 from .merge import merge_topk
 from .mixed_gallery import MixedGallery
 from .ordering import uncertainty
@@ -20,6 +23,7 @@ __all__ = [
     "MixedGallery",
     "Procrustes",
     "PrototypeBank",
+    "Relevance",
     "ResidualHead",
     "RetrievalMetrics",
     "ReverseQueryTransform",
@@ -27,9 +31,11 @@ __all__ = [
     "SideInformation",
     "SoftmaxStats",
     "__version__",
+    "agreement",
     "backfill_curve",
     "build_info",
     "class_prototypes",
+    "compare",
     "functional",
     "losses",
     "merge_topk",
@@ -41,4 +47,5 @@ __all__ = [
     "softmax_stats",
     "topk",
     "uncertainty",
+    "wilson",
 ]

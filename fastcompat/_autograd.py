@@ -10,6 +10,7 @@ factor as soon as it is: one call computes both.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -130,11 +131,14 @@ class _SoftmaxLoss(torch.autograd.Function):
         if readable and not _torch_hooks.keeps_graph():
             number = grad.item()
             if number != 1:  # nobody can ask for these gradients again: no copy
-                dquery.mul_(number)
-                dkeys.mul_(number)
+                for found in (dquery, dkeys):
+                    nothing = None if math.isfinite(number) else found == 0
+                    found.mul_(number)
+                    if nothing is not None:  # what takes no part sends nothing, whatever arrives
+                        found.masked_fill_(nothing, 0)
         else:
             with torch.no_grad():
-                dquery, dkeys = dquery * grad, dkeys * grad
+                dquery, dkeys = (torch.where(found == 0, 0, found * grad) for found in (dquery, dkeys))
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 dquery, dkeys, *_ = _Once.apply(dquery, dkeys, None, None, query, keys, grad)  # type: ignore[no-untyped-call]
         want_query, want_keys, *_ = ctx.needs_input_grad

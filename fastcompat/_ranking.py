@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from . import _checks, _inputs, _ops, reference
+from .judging import counting
+from .judging.excluded import Excluded
+from .judging.relevance import Relevance
 
 # Entries of the largest table of one query block (of int64: 16 MiB).
 BLOCK = 2**21
+# From this share of the gallery on, the ranks of a curve are read off all scores in order.
+MANY = 0.05
 # The rank of padding: after every real rank, and safe to add 1 to.
 BEHIND_ALL = 2**62
 
@@ -73,16 +78,47 @@ class Space:
         ids: Tensor,
         exclude: Tensor | None,
     ) -> Tensor:
-        """How many items of each block of the walk beat each threshold [B, P, T] (native)."""
+        """How many items of each block of the walk beat each threshold [B, P, T] (native).
+
+        `exclude` [B, E] never counts.
+        """
+        one = exclude is not None and exclude.shape[1] == 1
         query = self.query[q]
         try:
             counts: Tensor = _ops.count_beats(
-                query, self.gallery, order, bounds, thresholds, ids, self.metric, exclude
+                query,
+                self.gallery,
+                order,
+                bounds,
+                thresholds,
+                ids,
+                self.metric,
+                exclude[:, 0] if exclude is not None and one else None,
             )
         except _checks.NonFiniteError:
             self._refuse_gallery()
             raise
+        if exclude is not None and not one:
+            counts = counts - self._beaten_by(q, exclude, order, bounds, thresholds, ids)
         return counts
+
+    def _beaten_by(
+        self,
+        q: Tensor,
+        items: Tensor,
+        order: Tensor | None,
+        bounds: Tensor,
+        thresholds: Tensor,
+        ids: Tensor,
+    ) -> Tensor:
+        """`count_beats` among `items` [B, M] alone, by sorting their scores."""
+        scores = self.pair_scores(q, items)
+        turn = torch.arange(len(self.gallery), dtype=torch.int64, device=ids.device)
+        block = torch.bucketize(turn, bounds, right=True) - 1  # [N], of the walk's positions
+        block = block.masked_fill(block < 0, len(bounds) - 1)
+        if order is not None:
+            block = torch.empty_like(block).scatter_(0, order, block)
+        return counting.beaten_by(scores, items, block, len(bounds) - 1, thresholds, ids)
 
     def scores(self, q: Tensor, ids: Tensor) -> Tensor:
         """All scores [B, N] of the queries `q`, among which the items `ids` are ranked (reference)."""
@@ -102,18 +138,17 @@ class Space:
 def full_sort_ranks(scores: Tensor, ids: Tensor, exclude: Tensor | None) -> Tensor:
     """Rank [B, P] of the items `ids` after a full stable sort of `scores` [B, N]; -1 where the id is -1."""
     order = scores.argsort(dim=1, descending=True, stable=True)
-    place = torch.empty_like(order)
-    walk = torch.arange(order.shape[1], dtype=torch.int64, device=order.device)
-    place.scatter_(1, order, walk.expand_as(order))
-    ranks = place.gather(1, ids.clamp(min=0))
+    counts = torch.ones_like(order)
     if exclude is not None:
-        ahead = place.gather(1, exclude.clamp(min=0)[:, None]) < ranks
-        ranks = ranks - (ahead & (exclude >= 0)[:, None]).long()
+        counts.scatter_reduce_(1, exclude.clamp(min=0), (exclude < 0).long(), "amin")
+    counts = counts.gather(1, order)
+    place = torch.empty_like(order).scatter_(1, order, counts.cumsum(1) - counts)
+    ranks = place.gather(1, ids.clamp(min=0))
     return ranks.masked_fill(ids < 0, -1)
 
 
 class Relevant:
-    """The relevant gallery items of every query, found by label without a [Q, N] table."""
+    """The relevant gallery items of every query, by label or judged one by one, without a [Q, N] table."""
 
     def __init__(
         self,
@@ -123,42 +158,56 @@ class Relevant:
         gallery_labels: Any,
         exclude: Any,
         names: tuple[str, str] = ("query", "gallery"),
+        relevance: Any = None,
+        exclude_groups: Any = None,
     ) -> None:
         sides = (names[0], query), (names[1], gallery)
-        query_labels, gallery_labels = _inputs.labels(
-            ("query_labels", "gallery_labels"), (query_labels, gallery_labels), sides, needed=True
-        )
-        if exclude is not None:
-            exclude = _inputs.rows("exclude", exclude, sides[0])
-            _checks.in_range("exclude", exclude, len(gallery), wait=True)
-        self._exclude: Tensor | None = exclude
-        self.query_labels, self.gallery_labels = query_labels, gallery_labels
-        by_label, self._ids = gallery_labels.sort(stable=True)  # [N]
-        self._start = torch.searchsorted(by_label, query_labels)  # [Q]
-        stop = torch.searchsorted(by_label, query_labels, right=True)
-        self._stop = torch.where(query_labels < 0, self._start, stop)
-        relevant = self._stop - self._start
-        if exclude is not None and len(gallery):
-            same = gallery_labels[exclude.clamp(min=0)] == query_labels
-            relevant = relevant - ((exclude >= 0) & (query_labels >= 0) & same).long()
+        self._excluded = Excluded(exclude, exclude_groups, sides)
+        self._grades: Tensor | None = None  # of the pairs in self._ids; by label: 1 each
+        if relevance is None:
+            query_labels, gallery_labels = _inputs.labels(
+                ("query_labels", "gallery_labels"), (query_labels, gallery_labels), sides, needed=True
+            )
+            by_label, self._ids = gallery_labels.sort(stable=True)  # [N]
+            self._start = torch.searchsorted(by_label, query_labels)  # [Q]
+            stop = torch.searchsorted(by_label, query_labels, right=True)
+            self._stop = torch.where(query_labels < 0, self._start, stop)
+            left_out = self._excluded.count_with_label(query_labels, gallery_labels)
+            found = self._stop - self._start - left_out
+        else:
+            if not isinstance(relevance, Relevance):
+                raise TypeError(
+                    f"`relevance` must be a fastcompat.Relevance: got {type(relevance).__name__}; "
+                    "write fastcompat.Relevance(query, item, grade)"
+                )
+            if query_labels is not None or gallery_labels is not None:
+                raise ValueError("`relevance` must be given without labels: got both; leave one of them out")
+            of, ids, grades = (x.to(query.device) for x in relevance.relevant(len(query), len(gallery)))
+            kept = ~self._excluded.covers(of, ids[:, None])[:, 0]
+            of, self._ids, self._grades = of[kept], ids[kept], grades[kept]
+            numbers = torch.arange(len(query), dtype=torch.int64, device=query.device)
+            self._start = torch.searchsorted(of, numbers)
+            self._stop = torch.searchsorted(of, numbers, right=True)
+            found = self._stop - self._start
         # The queries with a relevant item, ascending.
-        self.counted = (relevant > 0).nonzero()[:, 0]
+        self.counted = (found > 0).nonzero()[:, 0]
         self.skipped = len(query) - len(self.counted)
 
     def excluded(self, q: Tensor) -> Tensor | None:
-        """The gallery id that each of the queries `q` leaves out."""
-        return None if self._exclude is None else self._exclude[q]
+        """The gallery ids [B, E] that each of the queries `q` leaves out, padded with -1."""
+        return self._excluded.of(q)
 
-    def blocks(self, per_item: int = 1, per_query: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The counted queries in blocks: their numbers [B] and their relevant ids [B, P], padded with -1.
+    def blocks(self, per_item: int = 1, per_query: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """The counted queries in blocks: their numbers [B], their relevant ids and grades [B, P].
 
-        Queries with similar numbers of relevant items share a block, so that little is padding. A block of
-        more than one query needs at most BLOCK entries, where a query needs `per_query` and each of its P
-        columns `per_item`.
+        Ids are padded with -1; no grades: 1 each. Queries with similar numbers of relevant items share a
+        block, so that little is padding. A block of more than one query needs at most BLOCK entries, where a
+        query needs `per_query` and each of its P columns `per_item`.
         """
         items = self._stop - self._start
         queries = self.counted[items[self.counted].argsort(stable=True)]
         widths: list[int] = items[queries].tolist()
+        per_query += self._excluded.width
 
         def entries(stop: int) -> int:
             return (stop - first) * (per_item * widths[stop - 1] + per_query)
@@ -169,17 +218,27 @@ class Relevant:
             stop = first + 1 + bisect_right(larger, BLOCK, key=entries)
             q = queries[first:stop]
             at = self._start[q][:, None] + torch.arange(widths[stop - 1], dtype=torch.int64, device=q.device)
-            ids = self._ids[at.clamp(max=len(self._ids) - 1)]
-            ids = ids.masked_fill(at >= self._stop[q][:, None], -1)
-            left_out = self.excluded(q)
-            yield q, ids if left_out is None else ids.masked_fill(ids == left_out[:, None], -1)
+            padding = at >= self._stop[q][:, None]
+            at = at.clamp(max=len(self._ids) - 1)
+            ids = self._ids[at].masked_fill(padding, -1)
+            ids = ids.masked_fill(self._excluded.covers(q, ids), -1)
+            yield q, ids, None if self._grades is None else self._grades[at].masked_fill(padding, 0)
             first = stop
 
 
-def best_first(ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks [..., P] ascending with the padding (-1) behind all, and how many are no padding [...]."""
+def best_first(ranks: Tensor, grades: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ranks [..., P] ascending with the padding (-1) behind all, how many are no padding, grades alike."""
     padding = ranks < 0
-    return ranks.masked_fill(padding, BEHIND_ALL).sort(-1).values, (~padding).sum(-1)
+    ranks, count = ranks.masked_fill(padding, BEHIND_ALL), (~padding).sum(-1)
+    if grades is None:
+        return counting.sort(ranks), count, None
+    ranks, order = ranks.sort(-1)
+    return ranks, count, grades.expand_as(ranks).gather(-1, order)
+
+
+def best_grades(ids: Tensor, grades: Tensor | None) -> Tensor | None:
+    """The grades [B, P] of a block's items in descending order, 0 for the padding (None: 1 each)."""
+    return None if grades is None else grades.masked_fill(ids < 0, 0).sort(1, descending=True).values
 
 
 def average_precision(ranks: Tensor, relevant: Tensor, cut: int | Tensor | None = None) -> Tensor:

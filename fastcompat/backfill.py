@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _files, _inputs
-from ._ranking import Relevant, Space, average_precision, best_first, cutoffs, full_sort_ranks
+from ._ranking import (
+    MANY,
+    Relevant,
+    Space,
+    average_precision,
+    best_first,
+    best_grades,
+    cutoffs,
+    full_sort_ranks,
+)
 from .functional import Array
+from .judging import bands, counting, gains
+from .judging.bands import NAMES, Bound
+from .judging.queries import CurveQueries
+from .judging.relevance import Relevance
 
 MAX_STATES = 10_000
 
@@ -32,7 +45,13 @@ class BackfillCurve:
         cmc: `cmc[k]`, share of the queries with a relevant item among the first k.
         negative_flips: queries whose best item is relevant in the baseline and not relevant here.
         positive_flips: queries whose best item is relevant here and not relevant in the baseline.
+        ndcg: `ndcg[k]`, mean nDCG of the first k.
+        mrr: mean reciprocal rank of the first relevant item.
         skipped: number of queries with no relevant item, left out of every figure.
+        per_query: the same query by query, with lists of those who win and lose (of several `orders`, in the
+            first one).
+        low, high: the band around every curve: over several `orders` the least and the greatest, in a
+            forecast the ends of the interval; None where neither was asked for.
     """
 
     fraction: Any
@@ -40,7 +59,12 @@ class BackfillCurve:
     cmc: dict[int, Any]
     negative_flips: Any
     positive_flips: Any
+    ndcg: dict[int, Any]
+    mrr: Any
     skipped: int
+    per_query: CurveQueries
+    low: Bound | None = None
+    high: Bound | None = None
 
     def __repr__(self) -> str:
         quality = f"mAP {float(self.map[0]):.3f} to {float(self.map[-1]):.3f} (mean {self.auc():.3f})"
@@ -50,20 +74,24 @@ class BackfillCurve:
         )
 
     def auc(self, name: str = "map") -> float:
-        """Area under one curve: the plain mean over the states of "map" or "cmc@k" (k one of `ks`)."""
+        """Area under one curve: the mean over the states of "map", "mrr", "cmc@k" or "ndcg@k" (k of `ks`)."""
         curves = {"map": self.map} | {f"cmc@{k}": values for k, values in self.cmc.items()}
+        curves |= {f"ndcg@{k}": values for k, values in self.ndcg.items()} | {"mrr": self.mrr}
         _checks.choice("name", name, tuple(curves))
         return float(curves[name].mean())
 
     def to_dict(self) -> dict[str, Any]:
-        """The curve as plain numbers and lists under the attributes' names, ready for JSON."""
+        """The curve, without its queries, as plain numbers and lists under the attributes' names."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: plain(values) for k, values in value.items()}
+            if isinstance(value, Bound):
+                return {name: plain(getattr(value, name)) for name in NAMES}
             return value if isinstance(value, int) else value.tolist()
 
-        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        names = [field.name for field in fields(self) if field.name != "per_query"]
+        return {name: plain(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the curve with matplotlib; write it to `path` if given (the ending says the format).
@@ -103,23 +131,27 @@ def backfill_curve(
     old: Array,
     query_new: Array,
     new: Array,
-    query_labels: Array,
-    gallery_labels: Array,
+    query_labels: Array | None = None,
+    gallery_labels: Array | None = None,
     *,
+    relevance: Relevance | None = None,
     order: Array | None = None,
+    orders: int = 1,
     states: int = 22,
     ks: Sequence[int] = (1, 5, 10),
     metric: str = "cosine",
     baseline: tuple[Array, Array] | None = None,
     exclude: Array | None = None,
+    exclude_groups: tuple[Array, Array] | None = None,
+    gain: str = "linear",
     seed: int = 0,
     backend: str = "auto",
 ) -> BackfillCurve:
-    """Exact mAP, CMC and flips at every state of a backfill, in one pass over the gallery.
+    """Exact mAP, CMC, nDCG, MRR and flips at every state of a backfill, in one pass over the gallery.
 
     In state t = 0 .. T-1 the first `c_t = floor(t * N / (T-1))` items of `order` are backfilled. Items are
     ranked by the score in their own space (`fastcompat.mixed_topk` with its default scale and offset): new
-    vector and new query if backfilled, old vector and old query if not. mAP and CMC are those of
+    vector and new query if backfilled, old vector and old query if not. mAP, CMC, nDCG and MRR are those of
     `fastcompat.retrieval_metrics` on that ranking; states 0 and T-1 equal the pure old and the pure new
     system exactly.
 
@@ -145,18 +177,24 @@ def backfill_curve(
             into it.
         query_new: [Q, D_new], the same queries in the new space.
         new: [N, D_new].
-        query_labels: [Q] whole numbers, or strings on both sides. A gallery item with the same label is
-            relevant; a negative label equals none (a warning says so where there are others than -1).
+        query_labels: [Q] whole numbers, or strings on both sides. A negative label equals no label (a warning
+            says so where there are others than -1).
         gallery_labels: [N].
+        relevance: judged pairs instead of labels.
         order: [N] whole numbers, a permutation of the gallery ids, first to be backfilled first (None:
             random from `seed`).
+        orders: how many random orders (from `seed`, `seed + 1`, ...) the curves are the mean of; with 2 or
+            more `.low` and `.high` are the least and the greatest of them.
         states: T, from 2 to 10,000.
         ks: the cut-offs k of CMC@k.
         metric: "cosine", "ip" or "l2".
         baseline: (query [Q, D_b], gallery [N, D_b]) of the system that flips are counted against, ranked in
             its own space (None: state 0).
-        exclude: [Q] whole numbers, for each query a gallery id that is neither ranked nor relevant, such as
-            the query itself (-1: none).
+        exclude: [Q] or [Q, E] whole numbers, for each query gallery ids that are neither ranked nor relevant,
+            such as the query itself (-1: none).
+        exclude_groups: (query_groups [Q], gallery_groups [N]), labels of both sides: items of the query's
+            group are neither ranked nor relevant, such as those of the same camera (negative: no group).
+        gain: what a grade g is worth in nDCG: "linear" g, "exp" 2^g - 1.
         seed: seed of the random order.
         backend: "auto", "native" or "reference" (T independent evaluations by a full stable sort).
 
@@ -176,49 +214,110 @@ def backfill_curve(
             f"`states` must be at most {MAX_STATES:,}: got {states:,}; every state takes memory and "
             f"time, and from one of {MAX_STATES:,} to the next {1 / MAX_STATES:.2%} of the gallery changes"
         )
-    ks = cutoffs(ks)
+    ks, orders = cutoffs(ks), _checks.positive_int("orders", orders)
+    if orders > 1 and order is not None:
+        raise ValueError("`orders` must be 1 where `order` is given: several orders are drawn at random")
+    _checks.choice("gain", gain, gains.GAINS)
     relevant = Relevant(
-        mixed.old.query, mixed.old.gallery, query_labels, gallery_labels, exclude, ("query_old", "old")
+        mixed.old.query,
+        mixed.old.gallery,
+        query_labels,
+        gallery_labels,
+        exclude,
+        ("query_old", "old"),
+        relevance,
+        exclude_groups,
     )
     for space in (mixed.old, mixed.new, base):
         if space is not None:
             space.refuse_nonfinite(relevant.counted)
     device, count = mixed.old.query.device, len(mixed.old.gallery)
-    walk = _permutation(order, count, seed, device)  # [N]
     cuts = torch.arange(states, dtype=torch.int64, device=device) * count // (states - 1)  # [T]
+    curves = []
+    for draw in range(orders):
+        walk = _permutation(order, count, seed + draw, device)  # [N]
+        found = _tables(mixed, base, relevant, walk, cuts, ks, gain)
+        curves.append(_curve(found, relevant, cuts.double() / max(count, 1), query_old))
+    return curves[0] if orders == 1 else _mean(curves)
 
-    ap = torch.zeros(states, len(mixed.old.query), dtype=torch.float64, device=device)  # [T, Q]
+
+def _tables(
+    mixed: _MixedSpace,
+    base: Space | None,
+    relevant: Relevant,
+    walk: Tensor,
+    cuts: Tensor,
+    ks: Sequence[int],
+    gain: str,
+) -> dict[str, Any]:
+    """Every figure of every query in every state, [T, Q]."""
+    states, queries, device = len(cuts), len(mixed.old.query), cuts.device
+
+    def table(value: float | bool, dtype: torch.dtype) -> Tensor:
+        return torch.full((states, queries), value, dtype=dtype, device=device)
+
+    ap, rr = (table(torch.nan, torch.float64) for _ in range(2))
+    ndcg = {k: table(torch.nan, torch.float64) for k in ks}
+    top1, lost, won = (table(False, torch.bool) for _ in range(3))
     hits = {k: torch.zeros(states, dtype=torch.int64, device=device) for k in ks}
-    lost, won = (torch.zeros(states, dtype=torch.int64, device=device) for _ in range(2))
     without_table = mixed.native and (base is None or base.native)
-    for q, ids in relevant.blocks(per_item=2 * states, per_query=0 if without_table else count):
+    per_query = 0 if without_table else len(walk)
+    for q, ids, grades in relevant.blocks(per_item=2 * states, per_query=per_query):
         left_out = relevant.excluded(q)
-        ranks, found = best_first(mixed.ranks(q, ids, left_out, walk, cuts))  # [B, T, P], [B, T]
+        spread = None if grades is None else grades[:, None]  # [B, 1, P]
+        ranks, found, sorted_grades = best_first(
+            mixed.ranks(q, ids, left_out, walk, cuts), spread
+        )  # [B, T, P], [B, T]
         ap[:, q] = average_precision(ranks, found).T
+        rr[:, q] = 1 / (ranks[..., 0] + 1).double().T
+        ideal = best_grades(ids, grades)
+        ideal = None if ideal is None else ideal[:, None]
+        for k, values in gains.ndcg(ranks, sorted_grades, found, ideal, ks, gain).items():
+            ndcg[k][:, q] = values.T
         for k in ks:
             hits[k] += (ranks[..., 0] < k).sum(0)
         right = ranks[..., 0] == 0  # [B, T]
         before = right[:, :1]
         if base is not None:
             before = (base.ranks(q, ids, left_out) == 0).any(1, keepdim=True)
-        lost += (before & ~right).sum(0)
-        won += (right & ~before).sum(0)
+        top1[:, q], lost[:, q], won[:, q] = right.T, (before & ~right).T, (right & ~before).T
+    return {"ap": ap, "rr": rr, "ndcg": ndcg, "top1": top1, "lost": lost, "won": won, "hits": hits}
 
-    def share(number: Tensor) -> Tensor:
-        return number.double() / len(relevant.counted)
+
+def _curve(tables: dict[str, Any], relevant: Relevant, fraction: Tensor, like: Any) -> BackfillCurve:
+    """The means over the counted queries."""
+    counted = relevant.counted
+
+    def share(number: Tensor) -> Any:
+        return as_given(number.double() / len(counted))
+
+    def mean(table: Tensor) -> Any:
+        return as_given(torch.stack([each[counted].mean() for each in table]))
 
     def as_given(values: Tensor) -> Any:
-        return _checks.give_back((values,), query_old)[0]
+        return _checks.give_back((values,), like)[0]
 
-    mean_ap = [each[relevant.counted].mean() for each in ap]
     return BackfillCurve(
-        fraction=as_given(cuts.double() / max(count, 1)),
-        map=as_given(torch.stack(mean_ap)),
-        cmc={k: as_given(share(number)) for k, number in hits.items()},
-        negative_flips=as_given(share(lost)),
-        positive_flips=as_given(share(won)),
+        fraction=as_given(fraction),
+        map=mean(tables["ap"]),
+        cmc={k: share(number) for k, number in tables["hits"].items()},
+        negative_flips=share(tables["lost"].sum(1)),
+        positive_flips=share(tables["won"].sum(1)),
+        ndcg={k: mean(table) for k, table in tables["ndcg"].items()},
+        mrr=mean(tables["rr"]),
         skipped=relevant.skipped,
+        per_query=CurveQueries(
+            **{name: as_given(tables[name]) for name in ("ap", "rr", "top1", "lost", "won")},
+            ndcg={k: as_given(table) for k, table in tables["ndcg"].items()},
+            fraction=as_given(fraction),
+        ),
     )
+
+
+def _mean(curves: Sequence[BackfillCurve]) -> BackfillCurve:
+    """The mean of curves over several orders, with the least and the greatest as a band."""
+    mean, low, high = bands.over(curves)
+    return replace(curves[0], **{name: getattr(mean, name) for name in NAMES}, low=low, high=high)
 
 
 class _MixedSpace:
@@ -236,8 +335,13 @@ class _MixedSpace:
         """Rank [B, T, P] of the items `ids` in every state; -1 where the id is -1."""
         turn = torch.empty_like(order)  # [N], position of each item in the backfill order
         turn[order] = torch.arange(len(order), dtype=torch.int64, device=order.device)
-        how = self._ranks_in_one_pass if self.native else self._ranks_state_by_state
-        return how(q, ids, exclude, order, turn, cuts)
+        if not self.native:
+            return self._ranks_state_by_state(q, ids, exclude, order, turn, cuts)
+        if len(order) and ids.shape[1] >= MANY * len(order):
+            everything = torch.arange(len(order), dtype=torch.int64, device=ids.device).expand(len(q), -1)
+            old, new = (space.pair_scores(q, everything) for space in (self.old, self.new))
+            return counting.mixed_ranks(old, new, ids, exclude, turn, cuts)
+        return self._ranks_in_one_pass(q, ids, exclude, order, turn, cuts)
 
     def _ranks_in_one_pass(
         self, q: Tensor, ids: Tensor, exclude: Tensor | None, order: Tensor, turn: Tensor, cuts: Tensor

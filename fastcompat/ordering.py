@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,7 +51,8 @@ def uncertainty(
         class_weight: [C, D], the old classifier's weight or class prototypes (a zero row is a class too, with
             cosine 0 to everything: leave empty classes out). Both sides are L2-normalised here.
         kind: "entropy", "margin" or "least_confidence".
-        temperature: above 0.
+        temperature: above 0. The native kernels' cosines are float32, which entropies see below 1e-3; the
+            reference computes in float64.
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -71,10 +74,12 @@ def uncertainty(
     except _checks.NonFiniteError as error:
         _checks.refuse_nonfinite(error, (("features", "class_weight"),))
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    keys = parts.normalised(weight.to(dtype))
-    native = _checks.takes_native(backend, keys)
+    native = _checks.takes_native(backend, weight.to(dtype))
+    wide = dtype if native else torch.float64
+    unit = parts.normalised(weight.to(wide))
+    keys = torch.cat([unit, -torch.ones_like(unit[:, :1])], 1)  # [C, D + 1]
     blocks = [
-        _uncertainty(parts.normalised(block.to(dtype)), keys, kind, scale, native)
+        _uncertainty(parts.normalised(block.to(wide)), keys, kind, scale, native).to(dtype)
         for block in torch.split(x, _ROWS)
     ]
     result: Array = _checks.give_back((torch.cat(blocks),), features)[0]
@@ -82,7 +87,13 @@ def uncertainty(
 
 
 def _uncertainty(query: Tensor, keys: Tensor, kind: str, scale: float | Tensor, native: bool) -> Tensor:
-    best, ids = _search.topk([Segment(query, keys)], 2, "ip", native=native)
+    """Of unit rows [B, D]; the keys' last column is -1.
+
+    Logits are taken below the best one, `(<f^, w^_c> - <f^, w^_t>) / temperature`: of a small temperature the
+    logits themselves are so large that nothing is left of their differences.
+    """
+    best, ids = _search.topk([Segment(query, keys[:, :-1])], 2, "ip", native=native)
+    query = torch.cat([query, best[:, :1].to(query.dtype)], 1)
     with torch.enable_grad():
         query.requires_grad_(kind == "entropy")
         neg, pos, *_ = row_stats(native, SoftmaxProblem(query, keys, scale, positive=ids[:, 0]))
@@ -91,8 +102,11 @@ def _uncertainty(query: Tensor, keys: Tensor, kind: str, scale: float | Tensor, 
     if kind == "least_confidence":
         return rest
     if kind == "margin":
-        second: Tensor = scale * best[:, 1] - torch.logaddexp(neg, pos)  # log p(2), -inf of one class alone
+        second: Tensor = scale * (best[:, 1] - best[:, 0]) - torch.logaddexp(
+            neg, pos
+        )  # log p(2), -inf of one class alone
         return rest + second.exp()
-    among_others = (neg - (query * mean).sum(1)).clamp(min=0)  # of one class alone: -inf
+    most = math.log(max(1, len(keys) - 1))
+    among_others = (neg - (query.double() * mean).sum(1)).clamp(0, most)  # of one class alone: -inf
     two: Tensor = torch.special.entr(rest) + (1 - rest) * F.softplus(neg - pos)
     return two + rest * among_others

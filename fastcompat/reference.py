@@ -154,7 +154,8 @@ def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
 
 
 def masked_stats(z: Tensor, pos: Tensor, neg: Tensor) -> SoftmaxStats:
-    """The statistics of logits [B, N] for given sets of positives and negatives [B, N]."""
+    """The statistics of logits [B, N] for given sets of positives and negatives [B, N]; -inf never counts."""
+    pos = pos & (z != -torch.inf)
     pos_sum = torch.where(pos, z, 0.0).sum(1)
     return SoftmaxStats(log_sum_exp(z, neg), log_sum_exp(z, pos), pos_sum, pos.sum(1))
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from . import _checks, _inputs
 from ._arrays import NpyFile
 from .backfill import BackfillCurve, backfill_curve
+from .judging import queries
 from .npy_files import read_npy
 
 KS = (1, 5, 10)
@@ -141,7 +142,10 @@ def _mean(parts: Sequence[tuple[int, BackfillCurve]]) -> BackfillCurve:
         cmc={k: mean(curve.cmc[k] for _, curve in some) for k in KS},
         negative_flips=mean(curve.negative_flips for _, curve in some),
         positive_flips=mean(curve.positive_flips for _, curve in some),
+        ndcg={k: mean(curve.ndcg[k] for _, curve in some) for k in KS},
+        mrr=mean(curve.mrr for _, curve in some),
         skipped=sum(curve.skipped for _, curve in parts),
+        per_query=queries.joined([curve.per_query for _, curve in parts]),
     )
 
 

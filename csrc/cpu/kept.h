@@ -24,6 +24,9 @@ inline Kept part_of(const Kept& all, const Plan& plan, int64_t part) {
 
 void check_indices(const SoftmaxProblem& problem);
 
+// The positive of row i where positives are given by index, or -1: none, excluded, or never counted (bias -inf).
+int64_t chosen_positive(const SoftmaxProblem& problem, int64_t i);
+
 // As the public function; what is to be kept has room for every part of the plan.
 void softmax_stats(const SoftmaxProblem& problem, const SoftmaxStats& out, const Kept& kept, int threads);
 

@@ -38,7 +38,7 @@ struct RowRange {
 // Exponentials that a forward pass keeps for the key gradient, so that no score is computed twice.
 struct Kept {
   float* exps;      // [block of keys][64 queries][key][64]: exp(z - shift), 0 for a pair that is left out
-  float* shifts;    // [block of keys][queries]
+  float* shifts;    // [block of keys][queries]; -inf where all exps are 0
   int64_t queries;  // room for them: a multiple of 64
   bool streamed;    // more than caches hold: written past them
 };
@@ -74,6 +74,7 @@ struct GradientItem {
   float* out;               // [lanes, D] or null: float sums, indexed by the lane's row, added to what is there
   void* out_scaled;         // [lanes, D] or null: scale * sums in the lanes' dtype, contiguous
   float* out_bias;          // [lanes] or null: sum of c, added to what is there
+  float* out_dot;           // [lanes] or null: sum of c * <lane, row>, likewise
 };
 
 // The gradient of some float32 keys from the exponentials that a forward pass over all these queries kept.

@@ -29,14 +29,13 @@ struct Simd {
   static F max(F a, F b) { return _mm256_max_ps(a, b); }  // b when either is NaN
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F sqrt(F a) { return _mm256_sqrt_ps(a); }
-  // t - floor(t) and p * 2^floor(t); infinite above 128, 0 below -126 (no subnormals: they are slow), NaN kept.
-  static F fraction(F t) { return sub(clamp(t), _mm256_floor_ps(clamp(t))); }
-  static F times_pow2(F p, F t) {
-    I e =
-        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(clamp(t))), _mm256_set1_epi32(127)), 23);
-    return mul(p, _mm256_castsi256_ps(e));
+  // x within what exponentials tell apart, NaN kept: e^-87.5 < 2^-126 < 2^128 < e^88.8.
+  static F exponent_range(F x) { return max(set1(-87.5f), min(set1(88.8f), x)); }
+  static F floor(F t) { return _mm256_floor_ps(t); }
+  // p * 2^n for whole n from -127 to 128: infinite at 128, 0 at -127 (no subnormals: they are slow).
+  static F times_pow2(F p, F n) {
+    return mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), set1(127)), 23)));
   }
-  static F clamp(F t) { return max(set1(-127.0f), min(set1(128.0f), t)); }
   static float sum(F a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -27,10 +27,12 @@ struct Simd {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b when either is NaN
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F sqrt(F a) { return _mm512_sqrt_ps(a); }
-  // t - floor(t) and p * 2^floor(t); infinite above 128, 0 below -126 (no subnormals: they are slow), NaN kept.
-  static F fraction(F t) { return _mm512_reduce_ps(min(set1(128.0f), t), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-  static F times_pow2(F p, F t) {
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, set1(-126.0f), _CMP_NLT_UQ), p, min(set1(128.0f), t));
+  // x within what exponentials tell apart, NaN kept; the lower end is seen to by times_pow2.
+  static F exponent_range(F x) { return min(set1(88.8f), x); }
+  static F floor(F t) { return _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  // p * 2^n for whole n: infinite from 128 on, 0 below -126 (no subnormals: they are slow), whatever p is.
+  static F times_pow2(F p, F n) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-126.0f), _CMP_NLT_UQ), p, n);
   }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static M gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }

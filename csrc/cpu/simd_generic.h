@@ -39,18 +39,18 @@ struct Simd {
     for (int i = 0; i < W; ++i) a[i] = __builtin_sqrtf(a[i]);
     return a;
   }
-  // t - floor(t) and p * 2^floor(t); infinite above 128, 0 below -126 (no subnormals: they are slow), NaN kept.
-  static F fraction(F t) { return clamp(t) - floor(clamp(t)); }
-  static F times_pow2(F p, F t) {
-    I e = (__builtin_convertvector(floor(clamp(t)), I) + 127) << 23;
-    F scale;
-    std::memcpy(&scale, &e, sizeof scale);
-    return p * scale;
-  }
-  static F clamp(F t) { return max(set1(-127.0f), min(set1(128.0f), t)); }
+  // x within what exponentials tell apart, NaN kept: e^-87.5 < 2^-126 < 2^128 < e^88.8.
+  static F exponent_range(F x) { return max(set1(-87.5f), min(set1(88.8f), x)); }
   static F floor(F t) {  // of |t| < 2^22, which is all that exponentials ask
     const F magic = set1(12582912.0f), rounded = (t + magic) - magic;
     return rounded > t ? rounded - 1.0f : rounded;
+  }
+  // p * 2^n for whole n from -127 to 128: infinite at 128, 0 at -127 (no subnormals: they are slow).
+  static F times_pow2(F p, F n) {
+    I e = (__builtin_convertvector(n, I) + 127) << 23;
+    F scale;
+    std::memcpy(&scale, &e, sizeof scale);
+    return p * scale;
   }
   static float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static M gt(F a, F b) { return a > b; }

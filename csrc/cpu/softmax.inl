@@ -58,18 +58,16 @@ inline void logits_of_block(const ForwardItem& item, const RowRange& keys, int64
   }
 }
 
-inline bool fill_holes(const StripState& s, int64_t first, int n, float value, float* z) {
-  bool any = false;
+inline void fill_holes(const StripState& s, int64_t first, int n, float* z) {
   for (int h = 0; h < 2; ++h)
     for (int lane = 0; lane < L; ++lane) {
       const int64_t at = s.hole[h][lane] - first;
-      if (at >= 0 && at < n) {
-        z[at * L + lane] = value;
-        any = true;
-      }
+      if (at >= 0 && at < n) z[at * L + lane] = -kInf;
     }
-  return any;
 }
+
+// A logit, or what its place adds: 0 where a pair does not count.
+inline F counted(F z) { return Simd::select(Simd::eq(z, Simd::set1(-kInf)), Simd::set1(0.0f), z); }
 
 // Follows the block's maximum: rescales what was summed with the old shift.
 inline void follow_max(StripState& s, const float* z, int n, float* mean, int64_t dim) {
@@ -111,7 +109,8 @@ inline void exponentials(StripState& s, float* z, int n) {
   }
 }
 
-// Leaves a block's exponentials with the queries of a strip from number `query` on, and the shift they were made with.
+// Leaves a block's exponentials with the queries of a strip from number `query` on, and the shift they were made with:
+// -inf as long as there was no logit, so that the factor of what is kept is 0 and not infinite.
 inline void keep(const Kept& kept, int64_t block, int64_t query, const StripState& s, const float* z, int n) {
   static_assert(CHUNK % L == 0, "a strip of queries lies in one chunk");
   float* out = kept.exps + block * NB * kept.queries + query / CHUNK * NB * CHUNK + query % CHUNK;
@@ -120,8 +119,11 @@ inline void keep(const Kept& kept, int64_t block, int64_t query, const StripStat
       const F exps = Simd::load(z + i * L + v * W);
       kept.streamed ? Simd::stream(out + i * CHUNK + v * W, exps) : Simd::store(out + i * CHUNK + v * W, exps);
     }
-  for (int v = 0; v < NV; ++v)
-    Simd::store(kept.shifts + block * kept.queries + query + v * W, shift_of(Simd::load(s.max + v * W)));
+  for (int v = 0; v < NV; ++v) {
+    const F max = Simd::load(s.max + v * W), none = Simd::set1(-kInf);
+    Simd::store(kept.shifts + block * kept.queries + query + v * W,
+                Simd::select(Simd::eq(max, none), none, shift_of(max)));
+  }
 }
 
 template <class A>
@@ -130,12 +132,11 @@ void forward_block(const ForwardItem& item, int64_t first, int n, const float* r
   const int64_t dim = item.keys.matrix.dim;
   score_block<A>(rows, n, panel, words_of<A>(dim), z, ahead);
   logits_of_block(item, item.keys, first, n, s, z);
-  if (item.sum) {
-    fill_holes(s, first, n, 0.0f, z);
+  fill_holes(s, first, n, z);
+  if (item.sum)
     for (int i = 0; i < n; ++i)
-      for (int v = 0; v < NV; ++v) add_compensated(s.sum + v * W, s.sum_rest + v * W, Simd::load(z + i * L + v * W));
-  }
-  fill_holes(s, first, n, -kInf, z);
+      for (int v = 0; v < NV; ++v)
+        add_compensated(s.sum + v * W, s.sum_rest + v * W, counted(Simd::load(z + i * L + v * W)));
   follow_max(s, z, n, mean, dim);
   exponentials(s, z, n);
   if (item.kept.exps) keep(item.kept, first / NB, query, s, z, n);
@@ -207,7 +208,8 @@ struct QueryTerms {
 inline F negative_coefficient(F z, const QueryTerms& q) { return Simd::mul(q.g_neg, exp(Simd::sub(z, q.neg_lse))); }
 
 inline F positive_coefficient(F z, const QueryTerms& q) {
-  return Simd::fma(q.g_pos, exp(Simd::sub(z, q.pos_lse)), q.g_sum);
+  const F c = Simd::fma(q.g_pos, exp(Simd::sub(z, q.pos_lse)), q.g_sum);
+  return Simd::select(Simd::eq(z, Simd::set1(-kInf)), Simd::set1(0.0f), c);  // such a key never counts
 }
 
 // Coefficients of a block whose lanes are queries and whose pairs are all positives, but for the excluded key.
@@ -269,6 +271,27 @@ inline void coefficients_of_keys(const GradientItem& item, int64_t first, int n,
   }
 }
 
+// What a strip of lanes sums beside rows, before coefficients are rounded for the product.
+struct LaneSums {
+  float bias[L], bias_rest[L], dot[L], dot_rest[L];
+
+  void add_bias(const float* coefficients, int n) {
+    for (int v = 0; v < NV; ++v) {
+      F total = Simd::set1(0.0f);
+      for (int i = 0; i < n; ++i) total = Simd::add(total, Simd::load(coefficients + i * L + v * W));
+      add_compensated(bias + v * W, bias_rest + v * W, total);
+    }
+  }
+  void add_dots(const float* coefficients, const float* products, int n) {
+    for (int v = 0; v < NV; ++v) {
+      F total = Simd::set1(0.0f);
+      for (int i = v * W; i < n * L; i += L)
+        total = Simd::fma(Simd::load(coefficients + i), Simd::load(products + i), total);
+      add_compensated(dot + v * W, dot_rest + v * W, total);
+    }
+  }
+};
+
 template <class A>
 void gradient_with(const GradientItem& item, Workspace& ws) {
   [[maybe_unused]] const typename A::Scope scope;
@@ -279,9 +302,12 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
   float* panels = ws.floats(kLanes, strips * words * L);
   float* rows = ws.floats(kRows, chunks_of(words) * NB * CHUNK);
   float* z = ws.floats(kScores, NB * L);
-  float* sums = ws.floats(kOut, strips * (padded(dim) + 1) * L);
-  float* bias_sums = sums + strips * padded(dim) * L;
-  std::memset(sums, 0, static_cast<size_t>(strips * (padded(dim) + 1) * L) * sizeof(float));
+  float* sums = ws.floats(kOut, strips * padded(dim) * L);
+  std::memset(sums, 0, static_cast<size_t>(strips * padded(dim) * L) * sizeof(float));
+  constexpr int64_t kLaneSums = sizeof(LaneSums) / sizeof(float);
+  LaneSums* lane_sums = reinterpret_cast<LaneSums*>(ws.floats(kState, strips * kLaneSums));
+  std::memset(lane_sums, 0, static_cast<size_t>(strips) * sizeof(LaneSums));
+  float* products = item.out_dot ? ws.floats(kMisc, NB * L) : nullptr;
   for (int t = 0; t < strips; ++t)
     pack_lanes<A>(lanes, t * L, static_cast<int>(smaller<int64_t>(lanes.count - t * L, L)), panels + t * words * L, ws);
 
@@ -292,17 +318,13 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
     for (int t = 0; t < strips; ++t) {
       const int count = static_cast<int>(smaller<int64_t>(lanes.count - t * L, L));
       score_block<A>(rows, n, panels + t * words * L, words, z, {streamed, first + NB, t, strips});
+      if (products) std::memcpy(products, z, static_cast<size_t>(n * L) * sizeof(float));
       if (item.lanes_are_queries)
         coefficients_of_queries(item, first, n, t * L, count, z);
       else
         coefficients_of_keys(item, first, n, t * L, count, z);
-      if (item.out_bias)
-        for (int v = 0; v < NV; ++v) {
-          F total = Simd::set1(0.0f);
-          for (int i = 0; i < n; ++i) total = Simd::add(total, Simd::load(z + i * L + v * W));
-          float* b = bias_sums + t * L + v * W;
-          Simd::store(b, Simd::add(Simd::load(b), total));
-        }
+      if (item.out_bias) lane_sums[t].add_bias(z, n);
+      if (products) lane_sums[t].add_dots(z, products, n);
       if (want_sums) {
         pair_weights<A>(z, n);
         add_weighted<A>(pairs, n, z, dim, sums + t * padded(dim) * L);
@@ -314,7 +336,8 @@ void gradient_with(const GradientItem& item, Workspace& ws) {
     const float* found = want_sums ? unpack_lanes(sums + t * padded(dim) * L, dim, ws) : nullptr;
     for (int lane = 0; lane < smaller<int64_t>(lanes.count - t * L, L); ++lane) {
       const int64_t row = lanes.row(t * L + lane);
-      if (item.out_bias) item.out_bias[row] += bias_sums[t * L + lane];
+      if (item.out_bias) item.out_bias[row] += lane_sums[t].bias[lane];
+      if (item.out_dot) item.out_dot[row] += lane_sums[t].dot[lane];
       if (!want_sums) continue;
       const float* line = found + lane * padded(dim);
       if (item.out_scaled) store_row(item.out_scaled, lanes.matrix.dtype, row, line, dim, item.scale);

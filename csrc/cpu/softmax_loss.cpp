@@ -64,8 +64,7 @@ struct Rows {
 
 int64_t rows_with_positives(const SoftmaxProblem& p, const Rows& rows) {
   int64_t count = 0;
-  for (int64_t i = 0; i < p.query.rows; ++i)
-    count += p.positive ? p.positive[i] >= 0 && !(p.exclude && p.exclude[i] == p.positive[i]) : rows.pos_count[i] > 0;
+  for (int64_t i = 0; i < p.query.rows; ++i) count += p.positive ? chosen_positive(p, i) >= 0 : rows.pos_count[i] > 0;
   return count;
 }
 

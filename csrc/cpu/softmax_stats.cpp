@@ -37,12 +37,6 @@ std::unique_ptr<Groups> groups_of(const SoftmaxProblem& p) {
   return std::make_unique<Groups>(p.query_labels, p.query.rows, p.key_labels, p.keys.rows);
 }
 
-// The positive of row i when it is given by its index, or -1.
-int64_t chosen_positive(const SoftmaxProblem& p, int64_t i) {
-  const int64_t j = p.positive[i];
-  return p.exclude && p.exclude[i] == j ? -1 : j;
-}
-
 // Partial results of all splits, of one kind of statistic.
 struct Partials {
   std::vector<float> max, sum_exp, mean;  // [splits, B], and [splits - 1, B, D]: the first lies in the output
@@ -52,6 +46,10 @@ struct Partials {
 };
 
 float shift_of(float max) { return std::isfinite(max) ? max : 0.0f; }
+
+// What takes a partial sum under the shift of its own maximum to another shift; 0 for a part without a logit, whose
+// shift says nothing.
+double factor_of(float max, double shift) { return max == -kInf ? 0 : std::exp(shift_of(max) - shift); }
 
 void negatives(const SoftmaxProblem& p, const Groups* groups, const SoftmaxStats& out, const Kept& kept, int threads) {
   const Kernels& k = kernels();
@@ -86,13 +84,13 @@ void negatives(const SoftmaxProblem& p, const Groups* groups, const SoftmaxStats
       const double shift = shift_of(top);
       double total = 0;
       for (int64_t s = 0; s < plan.splits; ++s)
-        total += part.sum_exp[s * B + i] * std::exp(shift_of(part.max[s * B + i]) - shift);
+        total += part.sum_exp[s * B + i] * factor_of(part.max[s * B + i], shift);
       out.neg_lse[i] = static_cast<float>(shift + std::log(total));
       if (!out.mean) continue;
       float* mean = out.mean + i * D;
       for (int64_t s = 0; s < plan.splits; ++s) {
-        const double weight = std::exp(shift_of(part.max[s * B + i]) - shift) / total;
-        const float factor = total == 0 ? 0.0f : static_cast<float>(weight);
+        const double weight = total == 0 ? 0 : factor_of(part.max[s * B + i], shift) / total;
+        const float factor = static_cast<float>(weight);
         const float* in = s ? part.mean.data() + ((s - 1) * B + i) * D : mean;
         for (int64_t d = 0; d < D; ++d) mean[d] = factor * in[d] + (s ? mean[d] : 0.0f);
       }
@@ -138,10 +136,14 @@ void positives_by_label(const SoftmaxProblem& p, const Groups& groups, const Sof
     f.sum = out.pos_sum;
     k.forward(f, ws);
   });
+  const auto counts = [&](int64_t key) { return !p.bias || p.bias[key] != -kInf; };
+  std::vector<int64_t> keys(groups.count);
+  for (int64_t g = 0; g < groups.count; ++g)
+    for (int64_t n = groups.key_start[g]; n < groups.key_start[g + 1]; ++n) keys[g] += counts(groups.key_rows[n]);
   for (int64_t i = 0; i < B; ++i) {
     const int32_t g = groups.query_group[i];
-    int64_t count = g < 0 ? 0 : groups.key_start[g + 1] - groups.key_start[g];
-    if (count && p.exclude && p.exclude[i] >= 0 && groups.key_group[p.exclude[i]] == g) --count;
+    int64_t count = g < 0 ? 0 : keys[g];
+    if (p.exclude && p.exclude[i] >= 0 && groups.key_group[p.exclude[i]] == g) count -= counts(p.exclude[i]);
     out.pos_count[i] = count;
     out.pos_lse[i] = static_cast<float>(shift_of(max[i]) + std::log(static_cast<double>(sum_exp[i])));
   }
@@ -205,6 +207,12 @@ GradientItem gradient_item(const SoftmaxProblem& p, const CleanGrads& g) {
 
 }  // namespace
 
+int64_t chosen_positive(const SoftmaxProblem& p, int64_t i) {
+  const int64_t j = p.positive[i];
+  const bool never = j < 0 || (p.exclude && p.exclude[i] == j) || (p.bias && p.bias[j] == -kInf);
+  return never ? -1 : j;
+}
+
 void check_indices(const SoftmaxProblem& p) {
   for (const auto& [name, index] : {std::pair{"positive", p.positive}, std::pair{"exclude", p.exclude}})
     for (int64_t i = 0; index && i < p.query.rows; ++i)
@@ -245,6 +253,10 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
   const int row_threads = threads_for(threads, B, p.keys.rows, D);
   for_rows(B, row_threads, [&](int64_t first, int64_t last) {
     std::vector<float> row(D);
+    const auto along_query = [&](int64_t i) {
+      k.load_row(row.data(), p.query, i);
+      return static_cast<float>(dot(row.data(), u + i * D, D));
+    };
     for (int64_t i = first; i < last; ++i) {
       const bool negatives = g.neg_lse[i] != kInf && grads.g_neg;
       const int64_t dim = D;  // locals: the loops must not read through the lambda's references
@@ -252,11 +264,13 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
       const float *mean_i = mean + i * D, g_neg = g.g_neg[i];
       for (int64_t d = 0; d < dim; ++d) ui[d] = negatives ? g_neg * mean_i[d] : 0.0f;
       const int64_t j = p.positive ? chosen_positive(p, i) : -1;
-      if (j < 0 || g.pos_lse[i] == kInf) continue;
-      k.load_row(row.data(), p.keys, j);
-      const float weight = g.g_pos[i] + g.g_sum[i];
-      const float* key = row.data();
-      for (int64_t d = 0; d < dim; ++d) ui[d] += weight * key[d];
+      if (j >= 0 && g.pos_lse[i] != kInf) {
+        k.load_row(row.data(), p.keys, j);
+        const float weight = g.g_pos[i] + g.g_sum[i];
+        const float* key = row.data();
+        for (int64_t d = 0; d < dim; ++d) ui[d] += weight * key[d];
+      }
+      if (dscale) dscale[i] = along_query(i);
     }
   });
   if (!p.positive && p.query_labels && (grads.g_pos || grads.g_sum)) {
@@ -268,19 +282,13 @@ void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, cons
       item.rows = keys_of(*groups, blocks[n].group, p.keys);
       item.lanes_are_queries = true;
       item.out = u;
+      item.out_dot = dscale;  // not <query, u>: the weights of u may be rounded to 16 bits
       k.gradient(item, ws);
     });
   }
+  if (!dquery) return;
   for_rows(B, row_threads, [&](int64_t first, int64_t last) {
-    std::vector<float> row(D);
-    for (int64_t i = first; i < last; ++i) {
-      const float* ui = u + i * D;
-      if (dscale) {
-        k.load_row(row.data(), p.query, i);
-        dscale[i] = static_cast<float>(dot(row.data(), ui, D));
-      }
-      if (dquery) k.store_row(dquery, p.query.dtype, i, ui, D, p.scale);
-    }
+    for (int64_t i = first; i < last; ++i) k.store_row(dquery, p.query.dtype, i, u + i * D, D, p.scale);
   });
 }
 

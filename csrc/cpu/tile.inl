@@ -407,16 +407,19 @@ void pair_weights(float* weights, int n) {
   }
 }
 
-// e^x with relative error below 1.2e-7; 0 where it would be subnormal, NaN kept.
+// e^x = 2^n e^r, n = floor(x / ln 2), with relative error below 1.2e-7; 0 where it would be subnormal, NaN kept.
 inline F exp(F x) {
-  const F t = Simd::mul(x, Simd::set1(1.44269504f)), f = Simd::fraction(t);
-  F p = Simd::set1(0x1.b49554p-13f);
-  p = Simd::fma(p, f, Simd::set1(0x1.4cb7b0p-10f));
-  p = Simd::fma(p, f, Simd::set1(0x1.3c487cp-7f));
-  p = Simd::fma(p, f, Simd::set1(0x1.c69f98p-5f));
-  p = Simd::fma(p, f, Simd::set1(0x1.ebfc3ep-3f));
-  p = Simd::fma(p, f, Simd::set1(0x1.62e430p-1f));
-  return Simd::times_pow2(Simd::fma(p, f, Simd::set1(1.0f)), t);
+  x = Simd::exponent_range(x);
+  const F n = Simd::floor(Simd::mul(x, Simd::set1(0x1.715476p+0f)));
+  // ln 2 in two parts, the first so short that its product with n is exact: r loses nothing where x is large.
+  const F r = Simd::fma(n, Simd::set1(0x1.bd0106p-13f), Simd::fma(n, Simd::set1(-0x1.63p-1f), x));
+  F p = Simd::set1(0x1.fe553ep-10f);
+  p = Simd::fma(p, r, Simd::set1(0x1.fef9bcp-8f));
+  p = Simd::fma(p, r, Simd::set1(0x1.5755d2p-5f));
+  p = Simd::fma(p, r, Simd::set1(0x1.553884p-3f));
+  p = Simd::fma(p, r, Simd::set1(0x1.0000bap-1f));
+  p = Simd::fma(p, r, Simd::set1(0x1.fffffap-1f));
+  return Simd::times_pow2(Simd::fma(p, r, Simd::set1(1.0f)), n);
 }
 
 }  // namespace

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
   int64_t count = 0;
   if (pairs.positive) {
     const int j = pairs.bad_index(pairs.positive, row) ? 0 : pairs.index(pairs.positive, row);
-    const bool counts = j >= 0 && j != pairs.index(pairs.exclude, row);
+    const bool counts =
+        j >= 0 && j != pairs.index(pairs.exclude, row) && !(pairs.bias && pairs.bias[j] == -CUDART_INF_F);
     if (counts) {
       const T* query = static_cast<const T*>(p.query.data) + row * p.query.stride;
       const T* key = static_cast<const T*>(p.keys.data) + j * p.keys.stride;

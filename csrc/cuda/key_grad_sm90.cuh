@@ -75,6 +75,7 @@ struct KeyCoefficients {
                                        const int* flags) const {
     exponentials(s, r, 1.0f, seen, columns, flags);
   }
+  // Exponents are cut off at 0: log-sum-exps were rounded on their way here, which huge logits would notice.
   template <int R>
   __device__ __forceinline__ void exponentials(float (&s)[R], const Rows& r, float, Seen& seen, const Column* columns,
                                                const int* flags) const {
@@ -96,7 +97,7 @@ struct KeyCoefficients {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             float& x = s[4 * j + 2 * h + e];
-            x = g * exp2_unit(fmaf(x, r.scale, -lse));
+            x = g * exp2_unit(at_most_0(fmaf(x, r.scale, -lse)));
           }
         }
     }
@@ -119,8 +120,7 @@ struct KeyCoefficients {
       const int64_t row = r.row + 8 * h;
       if (row >= pairs.keys) continue;
       if (pairs.bias) bias[h] = pairs.bias[row] * kLog2E;
-      if (!pairs.key_labels) continue;
-      const int64_t own = pairs.key_labels[row];
+      const int64_t own = pairs.key_label(row);
       labelled[h] = own >= 0;
       label[h][0] = static_cast<uint32_t>(own);
       label[h][1] = static_cast<uint32_t>(own >> 32);
@@ -144,7 +144,7 @@ struct KeyCoefficients {
     for (int i = 0; i < R; ++i) {
       const Column& c = columns[i / 4 * 8 + (i & 1)];
       const bool p = positive(i);
-      s[i] = fmaf(p ? c.g_pos : c.g_neg, exp2_unit(s[i]), p ? c.g_sum : 0.0f);
+      s[i] = fmaf(p ? c.g_pos : c.g_neg, exp2_unit(at_most_0(s[i])), p ? c.g_sum : 0.0f);
     }
     __syncwarp();
 #pragma unroll

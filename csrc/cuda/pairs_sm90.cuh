@@ -33,6 +33,16 @@ __device__ __forceinline__ float clamp(float x, float low, float high) {
 #endif
 }
 
+// NaN stays NaN.
+__device__ __forceinline__ float at_most_0(float x) {
+#if CUDA_ON_CPU
+  return x > 0.0f ? 0.0f : x;
+#else
+  asm("min.NaN.f32 %0, %0, 0f00000000;" : "+f"(x));
+  return x;
+#endif
+}
+
 // 2^x by multiply-adds alone, relative error 3e-7; 0 for -inf, infinity from 128 on. The unit for exponentials gives 16
 // results a cycle, which is all that the matrix unit leaves time for when D is small: some are computed here instead.
 __device__ __forceinline__ float exp2_polynomial(float x) {
@@ -88,6 +98,10 @@ struct Pairs {
     const int64_t j = list[query];
     valid &= j >= -1 && j < keys;
     return j < 0 || j >= keys ? -1 : static_cast<int>(j);
+  }
+  // A key that never counts has no label: it is a negative of probability 0.
+  __device__ int64_t key_label(int64_t key) const {
+    return key_labels && !(bias && bias[key] == -CUDART_INF_F) ? key_labels[key] : -1;
   }
   __device__ bool bad_index(const int64_t* list, int64_t query) const {
     return list && (list[query] < -1 || list[query] >= keys);
@@ -149,7 +163,7 @@ struct LogSumExp {
   // Returns whether the column needs the slow path in this block's rows.
   __device__ bool fill(Column& column, int key, int /*row0*/, int /*rows*/) const {
     const bool in = key < pairs.keys;
-    const int64_t label = in && pairs.key_labels ? pairs.key_labels[key] : -1;
+    const int64_t label = in ? pairs.key_label(key) : -1;
     column.label[0] = static_cast<uint32_t>(label);
     column.label[1] = static_cast<uint32_t>(label >> 32);
     column.bias = in && pairs.bias ? pairs.bias[key] * kLog2E : 0.0f;

@@ -25,8 +25,8 @@ struct GradientArgs {
   const float* coefficient_scale;  // the terms' gradients hold this power of two; null: 1
   void* out;                       // [splits, rows of X, D] or null
   DType out_dtype;
-  bool scale_out;   // out is final: times scale
-  float* out_bias;  // [splits, rows of X] or null
+  bool scale_out;       // out is final: times scale
+  float* out_row_sums;  // [splits, rows of X] or null: where keys stay sum_i c_ij, else sum_j c_ij <q_i, k_j>
 };
 
 template <int TM>
@@ -71,8 +71,8 @@ struct GradientPairs {
                                                bool chosen, bool left_out) const {
     const float z = fmaf(score, scale, bias);
     const bool same = q.label == key_label;
-    const float c = fmaf(same ? q.g_pos : q.g_neg, __expf(z - (same ? q.pos_lse : q.neg_lse)), same ? q.g_sum : 0.0f);
-    if (left_out || (same && a.by_index && !chosen)) return 0.0f;
+    const float c = fmaf(same ? q.g_pos : q.g_neg, share(z, same ? q.pos_lse : q.neg_lse), same ? q.g_sum : 0.0f);
+    if (left_out || (same && ((a.by_index && !chosen) || z == -CUDART_INF_F))) return 0.0f;
     return chosen ? q.g_pos + q.g_sum : c;  // a positive given by its index is the whole set: its softmax is 1
   }
 
@@ -94,7 +94,7 @@ struct GradientPairs {
                           c >= count || left_out == at.row(r));
         }
       }
-      if (a.out_bias)
+      if (a.out_row_sums)
 #pragma unroll
         for (int r = 0; r < 4; ++r)
 #pragma unroll
@@ -107,13 +107,17 @@ struct GradientPairs {
         const int64_t label = q.label;
         const int left_out = place_of(q.exclude, y0, count);
         const float pos_lse = q.pos_lse, g_pos = q.g_pos, g_sum = q.g_sum;
+        float dot = 0.0f;
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
           const int c = at.column(n);
           const bool positive = label == max(keys.label[c], kNoKeyLabel) && c < count && c != left_out;
-          const float z = fmaf(part(s, r, n), scale, a.bias ? keys.bias[c] : 0.0f);
-          part(s, r, n) = positive ? fmaf(g_pos, __expf(z - pos_lse), g_sum) : 0.0f;
+          float& x = part(s, r, n);
+          const float product = x, z = fmaf(product, scale, a.bias ? keys.bias[c] : 0.0f);
+          x = positive && z != -CUDART_INF_F ? fmaf(g_pos, share(z, pos_lse), g_sum) : 0.0f;
+          if (x != 0.0f) dot = fmaf(x, product, dot);
         }
+        if (a.out_row_sums) memory.row_sum[r][threadIdx.x] += dot;
       }
     }
 #pragma unroll
@@ -184,14 +188,14 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_tiles(const __grid_const
           store(a.out, a.out_dtype, base + row * a.walk.dim + d, part(o[group], n / 8, n % 8) * factor);
       }
   }
-  if (a.out_bias && blockIdx.z == 0) {
+  if (a.out_row_sums && blockIdx.z == 0) {
     if (threadIdx.x < TM && walk.x0() + threadIdx.x < rows) {
       // Row n lies in quad n % 8 of warps n / 32 * WN and on, as their row number n / 8 % 4.
       const int n = threadIdx.x;
       float sum = 0.0f;
       for (int c = 0; c < Memory::WN; ++c)
         for (int t = 0; t < 4; ++t) sum += memory.row_sum[n / 8 % 4][(n / 32 * Memory::WN + c) * 32 + n % 8 * 4 + t];
-      a.out_bias[blockIdx.y * rows + walk.x0() + threadIdx.x] = sum * back;
+      a.out_row_sums[blockIdx.y * rows + walk.x0() + threadIdx.x] = sum * back;
     }
   }
 }

@@ -17,6 +17,12 @@ __device__ __forceinline__ void merge(float& top, float& sum, float other_top, f
   top = both;
 }
 
+// e^(z - lse), which is at most 1: two kernels may round huge logits differently. NaN stays NaN.
+__device__ __forceinline__ float share(float z, float lse) {
+  const float x = z - lse;
+  return __expf(x > 0.0f ? 0.0f : x);
+}
+
 template <class V, class Op>
 __device__ __forceinline__ V over_quad(V v, Op op) {
   v = op(v, __shfl_xor_sync(~0u, v, 1));

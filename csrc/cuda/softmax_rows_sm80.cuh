@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kRowThreads) combine_stats(const __grid_consta
   double neg_lse = shift + log(total), pos_lse = pos_shift + log(pos_total);
   if (a.positive) {
     const int64_t j = N ? key_of(a.positive, row, N, 0) : -1;
-    pos_count = j >= 0 && j != key_of(a.exclude, row, N, -1);
+    pos_count = j >= 0 && j != key_of(a.exclude, row, N, -1) && !(a.bias && a.bias[j] == -CUDART_INF_F);
     pos_lse = -CUDART_INF_F;
     if (pos_count) {  // one key: its logit is all there is
       double dot = 0;
@@ -174,6 +174,7 @@ struct QueryGradArgs {
   SoftmaxGrads grads;
   const float* mean;
   const float* sums;  // [splits, B, D] positives' share, or null
+  const float* dots;  // [splits, B] of its products with the query, from coefficients that are not rounded
   int splits;
   void* dquery;
   float* dscale;
@@ -194,11 +195,12 @@ __global__ void __launch_bounds__(kRowThreads) finish_query_grad(const __grid_co
     float u = 0.0f;
     if (negatives) u += g.g_neg * a.mean[row * D + d];
     if (chosen) u = fmaf(g.g_pos + g.g_sum, load(a.keys, j, d), u);
+    dot += static_cast<double>(load(a.query, row, d)) * u;
     for (int s = 0; a.sums && s < a.splits; ++s) u += a.sums[(s * B + row) * D + d];
     if (a.dquery) store(a.dquery, a.query.dtype, row * D + d, scale * u);
-    dot += static_cast<double>(load(a.query, row, d)) * u;
   }
   dot = over_warp(dot);
+  for (int s = 0; a.dots && s < a.splits; ++s) dot += a.dots[s * B + row];
   if (threadIdx.x % 32 == 0) a.dscale[row] = static_cast<float>(dot);
 }
 

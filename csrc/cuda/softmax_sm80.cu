@@ -180,9 +180,9 @@ struct GradientPlan {
   bool keys_stay;
   Operand query, keys;
   Plan plan;
-  size_t query_terms, coefficient_scale, sums = 0, bias_sums = 0;
+  size_t query_terms, coefficient_scale, sums = 0, row_sums = 0;
 
-  GradientPlan(const SoftmaxProblem& p, bool keys_stay, bool positives_only, bool want_sums, bool want_bias,
+  GradientPlan(const SoftmaxProblem& p, bool keys_stay, bool positives_only, bool want_sums, bool want_row_sums,
                const Launch& launch)
       : terms(terms_of(p.query.dtype, launch.precision)),
         keys_stay(keys_stay),
@@ -193,7 +193,7 @@ struct GradientPlan {
     coefficient_scale = scratch.take(sizeof(float));
     const int64_t rows = plan.splits * (keys_stay ? p.keys.rows : p.query.rows);
     if (want_sums && partial()) sums = scratch.take(rows * p.query.dim * sizeof(float));
-    if (want_bias && partial()) bias_sums = scratch.take(rows * sizeof(float));
+    if (want_row_sums && partial()) row_sums = scratch.take(rows * sizeof(float));
   }
   bool partial() const { return !keys_stay || plan.splits > 1; }
 
@@ -217,7 +217,7 @@ GradientKernel gradient_kernel(const GradientPlan& g) {
   return gradient_tiles<F, 64, true>;
 }
 
-void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxGrads& grads, void* out, float* out_bias,
+void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxGrads& grads, void* out, float* row_sums,
                   const Launch& launch) {
   const bool half = p.query.dtype == DType::f16;
   TermsArgs terms{grads,      p.query.rows, p.keys.rows, p.query_labels,
@@ -245,7 +245,7 @@ void run_gradient(const SoftmaxProblem& p, const GradientPlan& g, const SoftmaxG
   a.out = out;
   a.out_dtype = g.partial() ? DType::f32 : p.keys.dtype;
   a.scale_out = !g.partial();
-  a.out_bias = out_bias;
+  a.out_row_sums = row_sums;
   const GradientKernel kernel = g.terms > 1 ? gradient_kernel<SplitFloat>(g)
                                 : half      ? gradient_kernel<Fp16>(g)
                                             : gradient_kernel<Bf16>(g);
@@ -257,7 +257,7 @@ bool wants_positives(const SoftmaxProblem& p, const SoftmaxGrads& grads) {
   return !p.positive && p.query_labels && (grads.g_pos || grads.g_sum);
 }
 GradientPlan query_plan(const SoftmaxProblem& p, const Launch& launch) {
-  return GradientPlan(p, false, true, true, false, launch);
+  return GradientPlan(p, false, true, true, true, launch);
 }
 GradientPlan key_plan(const SoftmaxProblem& p, const SoftmaxGrads& grads, bool want_keys, bool want_bias,
                       const Launch& launch) {
@@ -306,15 +306,17 @@ size_t softmax_query_grad_scratch(const SoftmaxProblem& p, const SoftmaxGrads& g
 void softmax_query_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, const float* mean, void* dquery,
                         float* dscale, const Launch& launch) {
   if (p.query.rows == 0) return;
-  QueryGradArgs f{p.query, p.keys, p.scale, launch.scale_factor, p.positive, p.exclude, grads, mean, nullptr,
+  QueryGradArgs f{p.query, p.keys, p.scale, launch.scale_factor, p.positive, p.exclude, grads, mean, nullptr, nullptr,
                   0,       dquery, dscale};
   if (wants_positives(p, grads)) {
     const GradientPlan g = query_plan(p, launch);
     float* sums = at<float>(launch, g.sums);
     SoftmaxGrads positives = grads;
     positives.g_neg = nullptr;
-    run_gradient(p, g, positives, sums, nullptr, launch);
+    float* dots = at<float>(launch, g.row_sums);
+    run_gradient(p, g, positives, sums, dots, launch);
     f.sums = sums;
+    f.dots = dots;
     f.splits = static_cast<int>(g.plan.splits);
   }
   cuda::launch(finish_query_grad, row_blocks(p.query.rows), dim3(kRowThreads), 0, launch.stream, f);
@@ -331,7 +333,7 @@ void softmax_key_grad(const SoftmaxProblem& p, const SoftmaxGrads& grads, void* 
   const GradientPlan g = key_plan(p, grads, dkeys, dbias, launch);
   if (!g.partial()) return run_gradient(p, g, grads, dkeys, dbias, launch);
   float* sums = dkeys ? at<float>(launch, g.sums) : nullptr;
-  float* bias_sums = dbias ? at<float>(launch, g.bias_sums) : nullptr;
+  float* bias_sums = dbias ? at<float>(launch, g.row_sums) : nullptr;
   run_gradient(p, g, grads, sums, bias_sums, launch);
   const KeyGradArgs k{sums,    bias_sums,           p.keys.rows, p.query.dim,  static_cast<int>(g.plan.splits),
                       p.scale, launch.scale_factor, dkeys,       p.keys.dtype, dbias};

@@ -74,7 +74,7 @@ struct StatsPairs {
         z = fmaf(z, scale, a.bias ? keys.bias[c] : 0.0f);
         const bool same = a.key_labels && label == max(keys.label[c], kNoKeyLabel);
         const unsigned bit = c < count && c != excluded ? 1u << (r * 8 + n) : 0;
-        if (same) positive |= bit;
+        if (same && z != -CUDART_INF_F) positive |= bit;  // a bias of -inf: the key never counts
         if (!same && c != chosen) negative |= bit;
       }
     }

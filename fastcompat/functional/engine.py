@@ -38,7 +38,8 @@ def softmax_stats(
         query: [B, D].
         keys: [N, D]; mixed dtypes are promoted.
         scale: a float or a 0-dim tensor that may want a gradient.
-        bias: float32 [N].
+        bias: float32 [N]; a key of bias -inf is in no set (padding). Logits must be finite in float32:
+            beyond 1e38 (on GPUs) or 3.4e38 they act as infinities, with NaN gradients as in torch.
         query_labels: int64 [B], together with `key_labels`.
         key_labels: int64 [N].
         positive: int64 [B], a key number or -1.
@@ -90,8 +91,8 @@ def topk(
     Args:
         query: [B, D], or one vector [D], which gives [k] back. Python's own numbers count as float32.
         keys: [N, D]. Where its dtype differs from that of `query`, the wider one is computed in, such as
-            float32 for float32 queries of a float16 store, whose keys are widened block by block. Norms may be
-            anything: rows whose products would leave the range of float32 are scaled by powers of two, and
+            float32 for float32 queries of a float16 store, whose keys are widened block by block. Norms may
+            be anything: rows whose products would leave the range of float32 are scaled by powers of two and
             back. D may be 0: then all scores are 0.
         k: at least 1; places beyond the number of candidates hold score -inf and id -1.
         metric: "cosine" (a zero vector has cosine 0 with everything), "ip" (inner product) or "l2" (score =

@@ -124,7 +124,10 @@ struct Setup {
     return c.labels != kNone && query_labels[i] >= 0 && query_labels[i] == key_labels[j];
   }
   bool chosen(int i, int j) const { return c.positive && positive[i] == j; }
-  bool left_out(int i, int j) const { return c.exclude && exclude[i] == j; }
+  // Excluded, or a key that never counts.
+  bool left_out(int i, int j) const {
+    return (c.exclude && exclude[i] == j) || (c.bias && bias[j] == -std::numeric_limits<float>::infinity());
+  }
   bool is_positive(int i, int j) const { return !left_out(i, j) && (c.positive ? chosen(i, j) : same(i, j)); }
   bool is_negative(int i, int j) const { return !left_out(i, j) && !chosen(i, j) && !same(i, j); }
 
@@ -206,6 +209,27 @@ struct Setup {
   }
 };
 
+// Problems whose keys lie in the order of their classes: whole tiles and splits have no negative, or no positive, and
+// the keys of one class, the other or both have this bias. fn(setup, level)
+template <class Fn>
+void sorted_keys(Case c, const std::vector<float>& levels, Fn&& fn) {
+  c.labels = kFew;
+  c.bias = true;
+  int turn = 0;
+  for (const float level : levels)
+    for (const int biased : {0, 1, 2}) {
+      c.positive = turn % 4 == 1;
+      c.exclude = turn % 4 == 2;
+      ++turn;
+      Setup s(c);
+      for (int j = 0; j < c.N; ++j) {
+        s.key_labels[j] = j >= c.N * 3 / 4;
+        s.bias[j] = biased == 2 || s.key_labels[j] == biased ? level : 0.0f;
+      }
+      fn(s, level);
+    }
+}
+
 template <class T>
 std::vector<double> doubles(const std::vector<T>& v) {
   return std::vector<double>(v.begin(), v.end());
@@ -233,6 +257,10 @@ void compare(const char* what, const std::vector<double>& got, const std::vector
   for (size_t i = 0; i < truth.size(); ++i)
     if (std::isfinite(eager[i]) && std::isfinite(truth[i])) worst = std::fmax(worst, std::fabs(eager[i] - truth[i]));
   for (size_t i = 0; i < truth.size(); ++i) expect_close(got[i], truth[i], 2 * worst + floor, what, long(i));
+}
+
+void expect_numbers(const char* what, const std::vector<double>& got) {
+  for (size_t i = 0; i < got.size(); ++i) expect(!std::isnan(got[i]), "%s %zu is NaN", what, i);
 }
 
 }  // namespace softmax_truth

@@ -273,3 +273,43 @@ DEVICE_TEST_OF_VALUES(large_logits) {
     compare("mean", got.mean, truth.mean, truth.mean, dtype == DType::f32 ? 1e-3 : 8e-3);
   }
 }
+
+// Tiles and splits without a negative or a positive, logits far from zero, keys that never count: as the formulas say
+// where float has digits for that, and never NaN.
+DEVICE_TEST_OF_VALUES(sorted_keys_far_from_zero) {
+  for (const DType dtype : {DType::f16, DType::f32}) {
+    const Case c{2, 530, 4, dtype};
+    sorted_keys(c, {-1000.0f, 1000.0f, -INFINITY}, [](const Setup& s, float level) {
+      const Results got = run(s), eager = s.eager(), truth = s.truth();
+      const double size = std::ldexp(std::isfinite(level) ? 1000.0 : 32.0, -20),
+                   eps = size + (s.c.dtype != DType::f32) * 0.02;
+      compare("neg_lse", got.neg_lse, truth.neg_lse, truth.neg_lse, size);
+      compare("pos_lse", got.pos_lse, truth.pos_lse, truth.pos_lse, size);
+      compare("pos_sum", got.pos_sum, truth.pos_sum, truth.pos_sum, size * s.c.N);
+      compare("count", got.count, truth.count, truth.count, 0);
+      compare("mean", got.mean, truth.mean, truth.mean, eps);
+      compare("dkeys", got.dkeys, truth.dkeys, truth.dkeys, s.c.scale * eps);
+      compare("dbias", got.dbias, truth.dbias, truth.dbias, 4 * eps);
+      compare("dquery", got.dquery, eager.dquery, truth.dquery, s.c.scale * s.c.N * eps / 8);
+    });
+    sorted_keys(c, {-1e30f, 1e30f}, [](const Setup& s, float) {
+      const Results got = run(s);
+      for (const auto& values :
+           {got.neg_lse, got.pos_lse, got.pos_sum, got.mean, got.dquery, got.dkeys, got.dscale, got.dbias})
+        expect_numbers("a result", values);
+    });
+  }
+}
+
+// Logits of 1e28 that come out of products: the two passes may round them differently.
+DEVICE_TEST_OF_VALUES(huge_products) {
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    Case c{20, 300, 72, dtype};
+    c.labels = kFew;
+    c.scale = 1e28f;
+    const Results got = run(Setup(c));
+    for (const auto& values :
+         {got.neg_lse, got.pos_lse, got.pos_sum, got.mean, got.dquery, got.dkeys, got.dscale, got.dbias})
+      expect_numbers("a result", values);
+  }
+}

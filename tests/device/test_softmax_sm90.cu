@@ -268,3 +268,44 @@ DEVICE_TEST_OF_VALUES(not_covered) {
   expect(refused([](SoftmaxProblem& p) { p.keys.data = static_cast<const char*>(p.keys.data) + 2; }), "2 bytes off");
   expect(!sm90::covers_key_grad(problem.p, false), "a key gradient nobody wants is taken");
 }
+
+// Tiles and splits without a negative or a positive, logits far from zero, keys that never count: as the formulas say
+// where float has digits for that, and never NaN.
+DEVICE_TEST_OF_VALUES(sorted_keys_far_from_zero) {
+  device_test::allow_hopper();
+  for (const Case& c : {Case{2, 400, 16}, Case{2, 300, 264, DType::f16}}) {
+    sorted_keys(c, {-1000.0f, 1000.0f, -INFINITY}, [](const Setup& s, float level) {
+      const Results truth = s.truth(), got = stats(s, true), alone = stats(s, false), keys = key_grad(s, truth);
+      const double size = std::ldexp(std::isfinite(level) ? 1000.0 : 32.0, -20);
+      for (const Results& r : {got, alone}) {
+        compare("neg_lse", r.neg_lse, truth.neg_lse, truth.neg_lse, size);
+        compare("pos_lse", r.pos_lse, truth.pos_lse, truth.pos_lse, size);
+        compare("pos_sum", r.pos_sum, truth.pos_sum, truth.pos_sum, size * s.c.N);
+        compare("count", r.count, truth.count, truth.count, 0);
+      }
+      compare("mean", got.mean, truth.mean, truth.mean, size + 0.02);
+      compare("dkeys", keys.dkeys, truth.dkeys, truth.dkeys, s.c.scale * (size + 0.02));
+      compare("dbias", keys.dbias, truth.dbias, truth.dbias, 4 * (size + 0.02));
+    });
+    sorted_keys(c, {-1e30f, 1e30f}, [](const Setup& s, float) {
+      const Results got = stats(s, true), keys = key_grad(s, got);
+      for (const auto& values : {got.neg_lse, got.pos_lse, got.pos_sum, got.mean, keys.dkeys, keys.dbias})
+        expect_numbers("a result", values);
+    });
+  }
+}
+
+// Logits of 1e28 that come out of products, and log-sum-exps of them that change their base twice.
+DEVICE_TEST_OF_VALUES(huge_products) {
+  device_test::allow_hopper();
+  for (const int D : {64, 512}) {
+    Case c{20, 300, D};
+    c.labels = kFew;
+    c.scale = 1e28f;
+    const Setup s(c);
+    const Results got = stats(s, true), keys = key_grad(s, got);
+    for (const auto& values : {got.neg_lse, got.pos_lse, got.pos_sum, got.mean, keys.dkeys, keys.dbias})
+      expect_numbers("a result", values);
+    for (const double x : keys.dbias) expect(std::fabs(x) < 1e4, "a coefficient is %g", x);
+  }
+}

@@ -169,7 +169,7 @@ def test_blocks_hold_every_counted_query_once_within_the_limit(monkeypatch: pyte
     gallery_labels = (torch.rand(300) ** 3 * 7).long()
     relevant = _ranking.Relevant(query, gallery, query_labels, gallery_labels, None)
     seen = []
-    for q, ids in relevant.blocks(per_item=1, per_query=3):
+    for q, ids, _ in relevant.blocks(per_item=1, per_query=3):
         assert len(q) == 1 or len(q) * (ids.shape[1] + 3) <= 200
         for i, row in zip(q.tolist(), ids, strict=True):
             assert row[row >= 0].tolist() == (gallery_labels == query_labels[i]).nonzero()[:, 0].tolist()

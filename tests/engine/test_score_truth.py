@@ -68,7 +68,6 @@ def test_any_norm_offset_and_size(metric: str, backend: str, simd: str, data: st
     if backend == "reference" and simd != "generic":
         pytest.skip("the same on every instruction set")
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
-    torch.set_num_threads(data.draw(st.integers(1, 2)))
     dtype = data.draw(st.sampled_from(DTYPES if backend == "native" else (*DTYPES, torch.float64)))
     rows = data.draw(st.sampled_from((1, 8, 70, 300)))
     k = data.draw(st.sampled_from((1, 5, 10)))

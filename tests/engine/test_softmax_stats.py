@@ -67,7 +67,8 @@ def test_bias_alone_and_masking_bias():
     expected = [math.log(1 + math.e), 300.0]
     torch.testing.assert_close(stats.neg_lse, torch.tensor(expected))
     assert stats.pos_lse.tolist() == [300.0, -math.inf]
-    assert stats.pos_count.tolist() == [1, 1]
+    assert stats.pos_count.tolist() == [1, 0]
+    assert stats.pos_sum.tolist() == [300.0, 0.0]
 
 
 def test_the_sets_of_a_hand_made_problem():

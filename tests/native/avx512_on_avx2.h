@@ -148,20 +148,12 @@ EMULATED_CALL float _mm512_reduce_add_ps(const __m512& a) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// a - floor(a): a negative zero instead of a zero, zero for an infinity.
-EMULATED __m256 above_floor(__m256 a) {
-  const __m256 sign = _mm256_set1_ps(-0.0f), rest = _mm256_sub_ps(a, _mm256_floor_ps(a));
-  const __m256 zero = _mm256_and_ps(sign, _mm256_cmp_ps(rest, _mm256_setzero_ps(), _CMP_EQ_OQ));
-  const __m256 infinite = _mm256_cmp_ps(_mm256_andnot_ps(sign, a), _mm256_set1_ps(__builtin_inff()), _CMP_EQ_OQ);
-  return _mm256_andnot_ps(infinite, _mm256_or_ps(rest, zero));
-}
-
 template <int HOW>
-EMULATED_CALL __m512 emulated_reduce(const __m512& a) {
+EMULATED_CALL __m512 emulated_roundscale(const __m512& a) {
   static_assert(HOW == (_MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), "no other rounding is emulated");
-  return {{above_floor(a.half[0]), above_floor(a.half[1])}};
+  return {{_mm256_floor_ps(a.half[0]), _mm256_floor_ps(a.half[1])}};
 }
-#define _mm512_reduce_ps(a, how) emulated_reduce<how>(a)
+#define _mm512_roundscale_ps(a, how) emulated_roundscale<how>(a)
 
 // a * 2^floor(b), rounded once: 400 binades either way leave the range of float, not that of double.
 EMULATED float scaled(float a, float b) {

@@ -241,14 +241,26 @@ def test_area_is_the_mean_over_the_states(curve: fc.BackfillCurve) -> None:
     assert curve.auc() == curve.auc("map") == pytest.approx(float(curve.map.mean()))
     assert curve.auc("cmc@2") == pytest.approx(sum(curve.cmc[2].tolist()) / 5)
     with pytest.raises(
-        ValueError, match=re.escape('`name` must be one of "map", "cmc@1", "cmc@2": got \'cmc@3\'')
+        ValueError,
+        match=re.escape(
+            '`name` must be one of "map", "cmc@1", "cmc@2", "ndcg@1", "ndcg@2", "mrr": got \'cmc@3\''
+        ),
     ):
         curve.auc("cmc@3")
 
 
 def test_dictionary_holds_plain_numbers(curve: fc.BackfillCurve) -> None:
     data = json.loads(json.dumps(curve.to_dict()))
-    assert set(data) == {"fraction", "map", "cmc", "negative_flips", "positive_flips", "skipped"}
+    assert set(data) == {
+        "fraction",
+        "map",
+        "cmc",
+        "negative_flips",
+        "positive_flips",
+        "ndcg",
+        "mrr",
+        "skipped",
+    }
     assert data["fraction"] == [0, 0.25, 0.5, 0.75, 1] and data["skipped"] == 0
     assert data["map"] == curve.map.tolist() and data["cmc"]["2"] == curve.cmc[2].tolist()
 

@@ -19,11 +19,12 @@ FLOORS = (
     "_native _output _terminal",  # the native module; files and terminals
     "_checks _ops",  # errors in arguments; torch operators
     "reference _folder",  # the specification; stored tensors
+    "judging",  # relevance, figures
     "_search _ranking selfcheck",  # searches and ranks; are the kernels right
     "_loss_parts",
     "_autograd prototypes",  # gradients
     "functional",  # the public functions
-    "losses evaluate merge backfill gallery ordering",  # modules, figures, results
+    "losses judging.agreement evaluate merge backfill gallery ordering",  # modules, figures, results
     "transforms mixed_gallery report vector_files",
     "training __init__ evaluate_command",
     "demo align_command",
