@@ -15,10 +15,23 @@ from .mixed_gallery import MixedGallery
 from .ordering import uncertainty
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
 from .reference import SoftmaxStats
-from .transforms import ForwardTransform, Procrustes, ResidualHead, ReverseQueryTransform, SideInformation
+from .serving.blend import bounded_blend
+from .serving.calibration import Calibrator
+from .serving.choice import choose_calibration
+from .serving.demand import demand
+from .serving.slerp import slerp
+from .transforms import (
+    ForwardTransform,
+    Procrustes,
+    ResidualHead,
+    ReverseQueryTransform,
+    Ridge,
+    SideInformation,
+)
 
 __all__ = [
     "BackfillCurve",
+    "Calibrator",
     "ForwardTransform",
     "MixedGallery",
     "Procrustes",
@@ -27,15 +40,19 @@ __all__ = [
     "ResidualHead",
     "RetrievalMetrics",
     "ReverseQueryTransform",
+    "Ridge",
     "RunningPrototypes",
     "SideInformation",
     "SoftmaxStats",
     "__version__",
     "agreement",
     "backfill_curve",
+    "bounded_blend",
     "build_info",
+    "choose_calibration",
     "class_prototypes",
     "compare",
+    "demand",
     "functional",
     "losses",
     "merge_topk",
@@ -44,6 +61,7 @@ __all__ = [
     "odpp",
     "ranks",
     "retrieval_metrics",
+    "slerp",
     "softmax_stats",
     "topk",
     "uncertainty",

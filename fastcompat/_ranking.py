@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -32,10 +33,20 @@ class Space:
         _checks.choice("metric", metric, _checks.METRICS)
         self.native = _checks.takes_native(backend, query)
         self.names, self.metric = names, metric
+        self.affine: Tensor | None = None
         self.query = query.detach()  # [Q, D]
         self.gallery = gallery.detach()  # [N, D]
         if self.gallery.stride(1) != 1:
             self.gallery = self.gallery.contiguous()
+
+    def mapped(self, affine: Tensor) -> Space:
+        """The same space with scores `affine[0] * s + affine[1]`, float32 [2, Q]."""
+        space = copy.copy(self)
+        space.affine = affine
+        return space
+
+    def _affine(self, q: Tensor) -> Tensor | None:
+        return None if self.affine is None else self.affine[:, q]
 
     def refuse_nonfinite(self, q: Tensor) -> None:
         """Refuse NaN and inf in the query rows `q`, and in a gallery that no native kernel will check."""
@@ -62,7 +73,7 @@ class Space:
     def pair_scores(self, q: Tensor, ids: Tensor) -> Tensor:
         """Scores [B, P] of the gallery items `ids` for the queries `q` (native)."""
         try:
-            found: Tensor = _ops.pair_scores(self.query[q], self.gallery, ids, self.metric)
+            found: Tensor = _ops.pair_scores(self.query[q], self.gallery, ids, self.metric, self._affine(q))
         except _checks.NonFiniteError:
             self._refuse_gallery()
             raise
@@ -94,6 +105,7 @@ class Space:
                 ids,
                 self.metric,
                 exclude[:, 0] if exclude is not None and one else None,
+                self._affine(q),
             )
         except _checks.NonFiniteError:
             self._refuse_gallery()
@@ -123,6 +135,8 @@ class Space:
     def scores(self, q: Tensor, ids: Tensor) -> Tensor:
         """All scores [B, N] of the queries `q`, among which the items `ids` are ranked (reference)."""
         scores = reference.scores(self.query[q], self.gallery, self.metric)
+        if (affine := self._affine(q)) is not None:
+            scores = reference.mapped(scores, affine[0], affine[1])
         self._refuse_overflow(q, scores.gather(1, ids.clamp(min=0)), ids)
         return scores
 

@@ -1,0 +1,1 @@
+"""Serving a gallery that is on its way between models: searches, calibrated merges, bounded regret."""
