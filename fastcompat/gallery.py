@@ -174,7 +174,7 @@ def _two(
     found: list[float | Tensor] = []
     for s, (x, (query, _)) in enumerate(zip(value, pairs, strict=True)):
         if not hasattr(x, "shape") or x.shape == ():
-            found.append(two_numbers(name, (x, x))[0])  # type: ignore[arg-type]
+            found.append(two_numbers(name, (x, x))[0])
             continue
         own = f"{name}[{s}]"
         vector = _inputs.vectors(own, x)

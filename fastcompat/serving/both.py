@@ -24,12 +24,12 @@ def blended(parts: list[Segment], rows: Tensor, weight: float, metric: str) -> S
         torch.promote_types(parts[0].query.dtype, parts[1].query.dtype), torch.float32
     )
     queries, keys = [part.query.double() for part in parts], [part.keys[rows].double() for part in parts]
-    offset = sum(share * _column(part.offset, part.query) for share, part in zip(shares, parts, strict=True))
+    offsets = [share * _column(part.offset, part.query) for share, part in zip(shares, parts, strict=True)]
     scale: Numbers = 1.0
     if metric == "cosine":
         queries, keys = ([F.normalize(x, eps=1e-300) for x in side] for side in (queries, keys))
-        left = (2 - sum(x.square().sum(1, keepdim=True) for x in keys)).clamp(min=0).sqrt()
-        keys.append(left)
+        own = keys[0].square().sum(1, keepdim=True) + keys[1].square().sum(1, keepdim=True)
+        keys.append((2 - own).clamp(min=0).sqrt())
     if metric == "l2":
         roots = [(share * part.scale) ** 0.5 for share, part in zip(shares, parts, strict=True)]
         queries = [root * x for root, x in zip(roots, queries, strict=True)]
@@ -43,7 +43,7 @@ def blended(parts: list[Segment], rows: Tensor, weight: float, metric: str) -> S
         scale = (2**0.5 * query.norm(dim=1)).float()
     whole = some.new_empty((len(parts[0].keys), some.shape[1]), dtype=dtype)
     whole[rows] = some.to(dtype)  # the other rows are never read
-    return Segment(query.to(dtype), whole, rows, scale, offset[:, 0].float())
+    return Segment(query.to(dtype), whole, rows, scale, (offsets[0] + offsets[1])[:, 0].float())
 
 
 def _column(number: Numbers, query: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .background import FEWEST, Background
 from .logistic import logistic_fit
 
 METHODS = ("zscore", "tail", "odds", "odds-tail")
-BEST_PAIRS = 4  # times the share of relevant pairs: how many of a query's best pairs the odds are fitted on
+BEST_PAIRS = 2  # times the share of relevant pairs: how many of a query's best pairs the odds are fitted on
 FEWEST_POSITIVES = 20
 MOST_PAIRS = 2**21  # that a fit of odds looks at
 
@@ -37,9 +37,8 @@ class Calibrator:
     extreme order statistics", Annals of Statistics 1975). The odds methods rank by the probability of
     relevance (Robertson, "The probability ranking principle in IR", Journal of Documentation 1977), with a
     and c from a logistic regression of relevance on z (Platt, "Probabilistic outputs for support vector
-    machines", 1999). It is fitted on each query's best pairs, as many as four times the share of relevant
-    pairs: a merge decides among those, and one straight line over all pairs is bent by the many that nobody
-    sees.
+    machines", 1999). It is fitted on each query's best pairs, twice as many as are relevant on average: a
+    merge decides among those, and one straight line over all pairs is bent by the many that nobody sees.
 
     Use one calibrator of one method per space::
 
@@ -143,7 +142,7 @@ class Calibrator:
             chosen = torch.randperm(len(rows), generator=generator)[: max(1, MOST_PAIRS // width)]
             rows = rows[chosen.to(rows.device)]
         scores, relevant = [], []
-        for some in rows.split(max(1, MOST_PAIRS // max(1, len(gallery)))):
+        for some in torch.split(rows, max(1, MOST_PAIRS // max(1, len(gallery)))):
             scale, offset = self._base(background, query[some])
             z = scale[:, None] * reference.scores(query[some], gallery, self.metric) + offset[:, None]
             best, place = z.topk(width, dim=1)

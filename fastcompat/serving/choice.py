@@ -124,7 +124,7 @@ def _choose(area: dict[str, Tensor]) -> str:
 
 def _numbered(judged: Judgement, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Judged queries with a relevant item among `chosen`, and the mask [Q, M] of relevant pairs."""
-    mask = torch.cat([judged.relevant(some)[:, chosen] for some in judged.counted.split(1024)])
+    mask = torch.cat([judged.relevant(some)[:, chosen] for some in torch.split(judged.counted, 1024)])
     some = mask.any(1)
     whole = torch.zeros(judged.queries, len(chosen), dtype=torch.bool, device=chosen.device)
     whole[judged.counted] = mask

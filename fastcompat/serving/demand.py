@@ -44,7 +44,7 @@ def demand(
     native = _checks.takes_native(backend, q)
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     worth = 1 / torch.log2(torch.arange(2, k + 2, dtype=torch.float64, device=x.device))
-    for block in q.split(_QUERIES):
+    for block in torch.split(q, _QUERIES):
         _, ids = _promoted.topk([Segment(block, x)], k, metric, native=native, names=(names,))
         found = ids >= 0
         total.index_add_(0, ids[found], worth.expand_as(ids)[found])

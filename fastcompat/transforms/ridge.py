@@ -38,9 +38,9 @@ class Ridge(Transform):
 
     def __init__(self, d_src: int = 0, d_dst: int = 0) -> None:
         super().__init__({"src": d_src}, ("dst",), {"d_src": d_src, "d_dst": d_dst})
-        kind = {"dtype": torch.get_default_dtype(), "device": torch.get_default_device()}
-        self.register_buffer("weight", torch.eye(d_src, d_dst, **kind))  # type: ignore[arg-type]
-        self.register_buffer("bias", torch.zeros(d_dst, **kind))  # type: ignore[arg-type]
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        self.register_buffer("weight", torch.eye(d_src, d_dst, dtype=dtype, device=device))
+        self.register_buffer("bias", torch.zeros(d_dst, dtype=dtype, device=device))
         self.regularisation: float | None = None
 
     def forward(self, src: Tensor) -> Tensor:

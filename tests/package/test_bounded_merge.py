@@ -130,7 +130,7 @@ def test_ridge_is_kept_in_a_file(tmp_path) -> None:  # type: ignore[no-untyped-d
         ridge.transform(dst)
     with pytest.raises(ValueError, match="at least 2 rows"):
         fc.Ridge().fit(src[:1], dst[:1])
-    with pytest.raises(ValueError, match="never|must be called"):
+    with pytest.raises(ValueError, match="must be called"):
         fc.Ridge().transform(src)
     constant = fc.Ridge().fit(torch.ones(10, 3), torch.arange(20.0).reshape(10, 2))
     torch.testing.assert_close(constant.transform(torch.ones(1, 3)), torch.tensor([[9.0, 10.0]]))

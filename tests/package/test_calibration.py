@@ -115,10 +115,9 @@ def test_the_ends_of_a_calibrated_merge_are_topk(method: str, metric: str, backe
         assert torch.equal(ids, expected)
         scale, offset = maps[side == "new"]
         torch.testing.assert_close(scores, scale[:, None] * plain + offset[:, None], rtol=1e-6, atol=1e-5)
-    curve = fc.backfill_curve(
-        *arrays, data["query_labels"], data["gallery_labels"], calibrators=tuple(fits), metric=metric, states=5,
-        backend=backend,
-    )  # fmt: skip
+    labels = data["query_labels"], data["gallery_labels"]
+    named_curve = {"metric": metric, "states": 5, "backend": backend}
+    curve = fc.backfill_curve(*arrays, *labels, calibrators=tuple(fits), **named_curve)
     plain_curve = fc.backfill_curve(
         *arrays, data["query_labels"], data["gallery_labels"], metric=metric, states=5, backend=backend
     )
