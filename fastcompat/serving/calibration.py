@@ -18,6 +18,7 @@ from .logistic import logistic_fit
 METHODS = ("zscore", "tail", "odds", "odds-tail")
 BEST_PAIRS = 2  # times the share of relevant pairs: how many of a query's best pairs the odds are fitted on
 FEWEST_POSITIVES = 20
+SAMPLE = 1000  # of the judged items, which need not be those served
 MOST_PAIRS = 2**21  # that a fit of odds looks at
 
 
@@ -87,7 +88,8 @@ class Calibrator:
             query: [Q, D], judged queries in this space, for the odds methods. A hundred will do; they may be
                 of other classes than those served, but no data that a model was trained on, which looks
                 better there than it is.
-            gallery: [N, D], items that they were judged against, in this space.
+            gallery: [N, D], the items that they were judged against, in this space. They need not be those
+                served: z of a judged query is taken over a sample of them.
             query_labels: [Q]; an item with the same label is relevant; a negative label equals none.
             gallery_labels: [N].
             relevance: judged pairs instead of labels.
@@ -126,10 +128,19 @@ class Calibrator:
             for name, value in (("query", q), ("gallery", g)):
                 _checks.columns(name, value, "background", x)
             judgement = Judgement(q, g, query_labels, gallery_labels, relevance)
-            fitted = self._fit_odds(found, q, g, judgement)
+            fitted = self._fit_odds(self._own_background(g, found), q, g, judgement)
         self._background, self.width = found, x.shape[1]
         self.slope, self.intercept, self.fell_back = fitted
         return self
+
+    def _own_background(self, gallery: Tensor, other: Background) -> Background:
+        """What the judged queries' scores are spread over: the items that they were judged against."""
+        if len(gallery) < FEWEST:
+            return other
+        generator = torch.Generator("cpu").manual_seed(0)
+        chosen = torch.randperm(len(gallery), generator=generator)[:SAMPLE].to(gallery.device)
+        own = Background(gallery[chosen], self.metric)
+        return other if own.constant else own
 
     def _fit_odds(
         self, background: Background, query: Tensor, gallery: Tensor, judged: Judgement

@@ -18,6 +18,7 @@ FOLDS = 4
 STATES = 7
 BACKGROUND = 1000
 UNSURE = 0.5  # standard errors by which one may be behind the best and still be taken
+NOTHING = 1e-4  # a difference of areas that nobody will see
 SURE = 3.0  # standard errors by which the raw merge must be ahead
 MEASURES = ("map", "ndcg@10")
 
@@ -114,7 +115,7 @@ def _choose(area: dict[str, Tensor]) -> str:
         difference = area[a] - area[b]
         error = float(difference.std()) / len(difference) ** 0.5
         mean = float(difference.mean())
-        return mean / error if error > 0 else (0.0 if mean == 0 else float("inf") * mean)
+        return mean / max(error, 1e-12) if abs(mean) > NOTHING else 0.0
 
     candidates = [m for m in PREFERRED if m in area]
     best = max(candidates, key=lambda m: float(area[m].mean()))
