@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _inputs
+from ..backfill import backfill_curve
 from ..functional import Array
 from ..judging.relevance import Relevance
 from .calibration import METHODS, Calibrator, Judgement
@@ -169,8 +170,6 @@ def _area(
     seed: int,
 ) -> Tensor:
     """Mean over the states of every query's figure [Q]."""
-    from ..backfill import backfill_curve
-
     (q_old, x_old), (q_new, x_new) = spaces
     curve = backfill_curve(
         q_old[test],

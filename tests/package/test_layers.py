@@ -24,8 +24,9 @@ FLOORS = (
     "_loss_parts",
     "_autograd prototypes",  # gradients
     "functional",  # the public functions
+    "serving",  # calibrated merges, blends
     "losses judging.agreement evaluate merge backfill gallery ordering",  # modules, figures, results
-    "transforms mixed_gallery report vector_files",
+    "transforms mixed_gallery report vector_files serving.choice",
     "training __init__ evaluate_command",
     "demo align_command",
     "cli",
