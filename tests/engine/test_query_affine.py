@@ -105,3 +105,21 @@ def test_the_operators_refuse_numbers_of_another_shape() -> None:
         _ops.count_beats(query, keys, None, torch.tensor([0, 5]), ids.float(), ids, "ip", None, wrong)
     with pytest.raises(ValueError, match="affine"):
         _ops.topk([query], [keys], [], [1.0], [0.0], 2, "ip", None, None, None, [], True, None, wrong[None])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("queries", (3, 70))
+def test_rows_named_by_their_items_keep_the_numbers_of_each_query(metric: str, queries: int) -> None:
+    """A store whose rows are in another order than its items, searched with the same numbers per query."""
+    parts = with_numbers(
+        two_spaces(queries),
+        [torch.rand(queries) + 0.1 for _ in range(2)],
+        [torch.randn(queries) for _ in range(2)],
+    )
+    stored = []
+    for part in parts:
+        assert part.rows is not None
+        items = part.rows[torch.randperm(len(part.rows))]
+        stored.append(part._replace(keys=part.keys[items], rows=None, items=items.int()))
+    for a, b in zip(*(_search.topk(x, K, metric, native=True) for x in (parts, stored)), strict=True):
+        assert torch.equal(a, b)
