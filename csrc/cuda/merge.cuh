@@ -36,7 +36,7 @@ __device__ void sort_codes(const Team& team, code_t* codes, int m) {
     }
 }
 
-// report: merge_kernel 56 registers; LDG.E.128*
+// report: merge_kernel 48 registers; LDG.E.128*
 __global__ void __launch_bounds__(MERGE_THREADS)
     merge_kernel(const __grid_constant__ Merge p, const __grid_constant__ Gallery gallery) {
   DYN_SMEM(smem);

@@ -66,7 +66,7 @@ __device__ __forceinline__ float pack_row(const RowPass& p, int64_t row, uint16_
   return root_above(rest, p.matrix.dim) + (p.n_terms > 1 ? 0x1p-8f * root_above(second, p.matrix.dim) : 0.0f);
 }
 
-// report: row_kernel 59 registers; LDG.E.128*, STG.E.128*
+// report: row_kernel 63 registers; LDG.E.128*, STG.E.128*
 template <class T>
 __global__ void __launch_bounds__(32 * ROW_WARPS) row_kernel(const __grid_constant__ RowPass p) {
   DYN_SMEM(smem);

@@ -154,7 +154,9 @@ __device__ __forceinline__ void multiply_piece(const unsigned char* stage, const
 // Reduction: every thread enters start_tile(first, end), end_tile(), which is a barrier at least, and finish(). A
 // thread asks active() and threshold(), what a score must reach, of the row of its number; offer(row, column, position,
 // low, high) is called for each survivor and says whether it needs resolve(row, column, position, score), which a whole
-// warp enters. report: screen_kernel 254 registers; HMMA.16816.F32*, LDSM.16.M88.4, LDGSTS.E.BYPASS.128*
+// warp enters.
+//
+// report: screen_kernel 254 registers; HMMA.16816.F32*, LDSM.16.M88.4, LDGSTS.E.BYPASS.128*
 template <class T, class Reduction>
 __global__ void __launch_bounds__(THREADS, 2)
     screen_kernel(const __grid_constant__ Screen p, const __grid_constant__ typename Reduction::Problem problem) {

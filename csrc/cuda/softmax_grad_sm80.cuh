@@ -140,7 +140,7 @@ struct GradientReduction {
   }
 };
 
-// report: gradient_tiles 255 registers; HMMA.*, LDSM.*, LDGSTS.*128*
+// report: gradient_tiles 246 registers; HMMA.*, LDSM.*, LDGSTS.*128*
 template <class F, int TM, bool KEYS_STAY>
 __global__ void __launch_bounds__(kThreads, 1) gradient_tiles(const __grid_constant__ GradientArgs a) {
   DYN_SMEM(smem);

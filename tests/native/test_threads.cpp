@@ -127,7 +127,7 @@ struct Search {
     best({{query.matrix, keys.matrix, odd.data(), static_cast<int64_t>(odd.size()), 1, 0},
           {query.matrix, keys.matrix, even.data(), static_cast<int64_t>(even.size()), 0.5f, 0.1f}},
          threads, all);
-    std::vector<float> packed(packed_size(keys.matrix, N));
+    std::vector<float> packed(packed_size(keys.matrix, N, metric));
     if (!packed.empty()) {
       Segment segment = whole();
       pack(segment, metric, packed.data(), threads);

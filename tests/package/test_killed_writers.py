@@ -138,7 +138,8 @@ print("well")
 
 def run(script: str, *arguments: object) -> str:
     call = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=300, check=False)
+    folder = Path(__file__).parent  # not the root, where the source would be imported for the package
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -46,7 +46,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     fc.MixedGallery.create(tmp_path / "g", numbers.as_strided((N, D), (1, 1)), model="v1").close()
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "g"), str(N), str(D)],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(Path(fc.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
