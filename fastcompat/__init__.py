@@ -13,13 +13,26 @@ from .judging.relevance import Relevance
 from .judging.statistics import compare, wilson
 from .judging.uncertainty import uncertainty
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
+from .serving.blend import bounded_blend
+from .serving.calibration import Calibrator
+from .serving.choice import choose_calibration
+from .serving.demand import demand
 from .serving.gallery import MixedGallery
 from .serving.merge import merge_topk
 from .serving.mixed_topk import mixed_topk
-from .transforms import ForwardTransform, Procrustes, ResidualHead, ReverseQueryTransform, SideInformation
+from .serving.slerp import slerp
+from .transforms import (
+    ForwardTransform,
+    Procrustes,
+    ResidualHead,
+    ReverseQueryTransform,
+    Ridge,
+    SideInformation,
+)
 
 __all__ = [
     "BackfillCurve",
+    "Calibrator",
     "ForwardTransform",
     "MixedGallery",
     "Procrustes",
@@ -28,15 +41,19 @@ __all__ = [
     "ResidualHead",
     "RetrievalMetrics",
     "ReverseQueryTransform",
+    "Ridge",
     "RunningPrototypes",
     "SideInformation",
     "SoftmaxStats",
     "__version__",
     "agreement",
     "backfill_curve",
+    "bounded_blend",
     "build_info",
+    "choose_calibration",
     "class_prototypes",
     "compare",
+    "demand",
     "forecast_curve",
     "functional",
     "losses",
@@ -46,6 +63,7 @@ __all__ = [
     "odpp",
     "ranks",
     "retrieval_metrics",
+    "slerp",
     "softmax_stats",
     "topk",
     "uncertainty",

@@ -23,9 +23,10 @@ FLOORS = (
     "_ops",  # torch operators
     "_search _autograd selfcheck",  # the one search front; gradients; are the kernels right
     "_promoted prototypes",  # wide queries; class vectors
-    "functional",  # the public functions
+    "functional judging.relevance serving.background serving.logistic",  # the public functions
+    "serving.calibration",  # scores of several models made comparable
     "losses serving judging",  # modules; galleries and lists of results; figures
-    "transforms serving.job commands.report commands.evaluation",
+    "transforms serving.job serving.choice commands.report commands.evaluation",
     "training __init__",
     "demo",
     "commands",

@@ -1,0 +1,1 @@
+"""Which merge of a half-upgraded gallery to take: every merge on every pair of models at hand."""
