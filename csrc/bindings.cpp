@@ -68,14 +68,13 @@ void check_packed(const Segment& s, Metric metric, int64_t packed) {
     throw std::invalid_argument("`packed` must be what pack() made of these keys with the instruction set in use");
 }
 
-// (query, keys, dtype, D, query stride, keys stride, N, rows, count, scale, offset, packed, numbers in packed, items,
-// scales, offsets)
+// (query, keys, dtype, D, query stride, keys stride, N, rows, count, scale, offset, packed, numbers in packed, items)
 using SegmentTuple = std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t, Address, int64_t, float,
-                                float, Address, int64_t, Address, Address, Address>;
+                                float, Address, int64_t, Address>;
 
 Segment segment_of(const SegmentTuple& t, int64_t B, Metric metric, bool readable) {
-  const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset, packed, numbers, items,
-               scales, offsets] = t;
+  const auto& [query, keys, dtype, D, query_stride, keys_stride, N, rows, count, scale, offset, packed, numbers,
+               items] = t;
   const DType type = static_cast<DType>(dtype);
   const Segment s{{pointer<void>(query), type, B, D, query_stride},
                   {pointer<void>(keys), type, N, D, keys_stride},
@@ -84,9 +83,7 @@ Segment segment_of(const SegmentTuple& t, int64_t B, Metric metric, bool readabl
                   scale,
                   offset,
                   pointer<float>(packed),
-                  pointer<int32_t>(items),
-                  pointer<float>(scales),
-                  pointer<float>(offsets)};
+                  pointer<int32_t>(items)};
   if (readable) {
     check_rows(s);
     check_packed(s, metric, numbers);

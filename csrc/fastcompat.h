@@ -60,8 +60,7 @@ void softmax_key_grad(const SoftmaxProblem& problem, const SoftmaxGrads& grads, 
 // dquery [B, D] and dkeys [N, D] in the dtype of query and keys (null: not needed).
 void softmax_loss(const SoftmaxProblem& problem, bool mean, float* loss, void* dquery, void* dkeys, int threads);
 
-// One embedding space of a gallery: the listed rows of keys are scored with this query as scale * score + offset; a
-// query's own numbers, where there are any, replace those of the segment.
+// One embedding space of a gallery: the listed rows of keys are scored with this query as scale * score + offset.
 struct Segment {
   Matrix query, keys;
   const int64_t* rows;  // [count] row numbers; null: every row in order
@@ -69,7 +68,6 @@ struct Segment {
   float scale, offset;
   float* packed = nullptr;         // what pack() wrote for these rows, this metric and the instruction set in use
   const int32_t* items = nullptr;  // [keys.rows] each row's id, -1: topk passes it over; null: the row number
-  const float *scales = nullptr, *offsets = nullptr;  // [B], or null
 };
 
 struct TopkFilter {

@@ -13,26 +13,13 @@ from .judging.relevance import Relevance
 from .judging.statistics import compare, wilson
 from .judging.uncertainty import uncertainty
 from .prototypes import PrototypeBank, RunningPrototypes, class_prototypes, ndpp, odpp
-from .serving.blend import bounded_blend
-from .serving.calibration import Calibrator
-from .serving.choice import choose_calibration
-from .serving.demand import demand
 from .serving.gallery import MixedGallery
 from .serving.merge import merge_topk
 from .serving.mixed_topk import mixed_topk
-from .serving.slerp import slerp
-from .transforms import (
-    ForwardTransform,
-    Procrustes,
-    ResidualHead,
-    ReverseQueryTransform,
-    Ridge,
-    SideInformation,
-)
+from .transforms import ForwardTransform, Procrustes, ResidualHead, ReverseQueryTransform, SideInformation
 
 __all__ = [
     "BackfillCurve",
-    "Calibrator",
     "ForwardTransform",
     "MixedGallery",
     "Procrustes",
@@ -41,19 +28,15 @@ __all__ = [
     "ResidualHead",
     "RetrievalMetrics",
     "ReverseQueryTransform",
-    "Ridge",
     "RunningPrototypes",
     "SideInformation",
     "SoftmaxStats",
     "__version__",
     "agreement",
     "backfill_curve",
-    "bounded_blend",
     "build_info",
-    "choose_calibration",
     "class_prototypes",
     "compare",
-    "demand",
     "forecast_curve",
     "functional",
     "losses",
@@ -63,7 +46,6 @@ __all__ = [
     "odpp",
     "ranks",
     "retrieval_metrics",
-    "slerp",
     "softmax_stats",
     "topk",
     "uncertainty",

@@ -245,9 +245,7 @@ class _Call:
         offset: float = 0.0,
         packed: Tensor | None = None,
         items: Tensor | None = None,
-        affine: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """What the kernels know of a segment; `affine` [2, B] holds each query's own scale and offset."""
         if query.shape[1] == 0:  # a column of zeros scores the same
             query, keys = (x.new_zeros(len(x), 1) for x in (query, keys))
             self.alive += [query, keys]
@@ -267,7 +265,6 @@ class _Call:
             self.flat(packed),
             0 if packed is None else packed.numel(),
             self.flat(items),
-            *((0, 0) if affine is None else (self.flat(affine[0]), self.flat(affine[1]))),
         )
 
 
@@ -373,13 +370,11 @@ def topk(
     packed: Sequence[Tensor],
     report: bool = True,
     items: Sequence[Tensor] | None = None,
-    affine: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `fastcompat::topk`."""
     call = _Call(query[0])
     every: list[None] = [None] * len(keys)
-    own = every if affine is None else affine.unbind()
-    parts = zip(query, keys, rows or every, scale, offset, packed or every, items or every, own, strict=True)
+    parts = zip(query, keys, rows or every, scale, offset, packed or every, items or every, strict=True)
     segments = [call.segment(*part) for part in parts]
     count = query[0].shape[0]
     scores = query[0].new_empty((count, k), dtype=torch.float32)
@@ -402,15 +397,13 @@ def topk(
     return scores, ids
 
 
-def pair_scores(
-    query: Tensor, keys: Tensor, ids: Tensor, metric: str, affine: Tensor | None = None
-) -> Tensor:
+def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> Tensor:
     """The op `fastcompat::pair_scores`."""
     call = _Call(query)
     out = query.new_empty(ids.shape, dtype=torch.float32)
     call.run(
         "pair_scores",
-        call.segment(query, keys, None, affine=affine),
+        call.segment(query, keys, None),
         METRICS.index(metric),
         query.shape[0],
         call.flat(ids),
@@ -430,7 +423,6 @@ def count_beats(
     threshold_ids: Tensor,
     metric: str,
     exclude: Tensor | None,
-    affine: Tensor | None = None,
 ) -> Tensor:
     """The op `fastcompat::count_beats`."""
     call = _Call(query)
@@ -439,7 +431,7 @@ def count_beats(
     out = query.new_empty((count, targets, blocks), dtype=torch.int64)
     call.run(
         "count_beats",
-        call.segment(query, keys, rows, affine=affine),
+        call.segment(query, keys, rows),
         METRICS.index(metric),
         count,
         call.flat(bounds),

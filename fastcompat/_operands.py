@@ -124,7 +124,6 @@ def topk(
     packed: Sequence[Tensor],
     report: bool = True,
     items: Sequence[Tensor] | None = None,
-    affine: Tensor | None = None,
 ) -> None:
     """Operands of `fastcompat::topk`."""
     _metric(metric)
@@ -143,7 +142,6 @@ def topk(
     every: Sequence[Tensor | None] = rows or [None] * count
     for q, x, chosen in zip(query, keys, every, strict=True):
         _segment(q, x, chosen, number)
-    _fits("affine", affine, torch.float32, (count, 2, number))
     for x in packed:
         _needs("packed", x, torch.float32, (x.numel(),))
     for x, numbers in zip(keys, items or (), strict=False):
@@ -161,12 +159,11 @@ def topk(
     _fits("exclude", exclude, torch.int64, (number,))
 
 
-def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str, affine: Tensor | None = None) -> None:
+def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> None:
     """Operands of `fastcompat::pair_scores`."""
     _metric(metric)
     count, _ = _matrix("query", query)
     _segment(query, keys, None, count)
-    _fits("affine", affine, torch.float32, (2, count))
     _needs("ids", ids, torch.int64, (count, _width(ids)))
 
 
@@ -179,13 +176,11 @@ def count_beats(
     threshold_ids: Tensor,
     metric: str,
     exclude: Tensor | None,
-    affine: Tensor | None = None,
 ) -> None:
     """Operands of `fastcompat::count_beats`."""
     _metric(metric)
     count, _ = _matrix("query", query)
     _segment(query, keys, rows, count)
-    _fits("affine", affine, torch.float32, (2, count))
     _needs("bounds", bounds, torch.int64, (max(1, _width(bounds)),))
     _needs("thresholds", thresholds, torch.float32, (count, _width(thresholds)))
     _needs("threshold_ids", threshold_ids, torch.int64, (count, _width(thresholds)))

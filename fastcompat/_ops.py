@@ -25,10 +25,10 @@ _SCHEMAS = (
     f"softmax_loss({_PROBLEM}, bool mean, bool want_query, bool want_keys) -> (Tensor, Tensor, Tensor)",
     "topk(Tensor[] query, Tensor[] keys, Tensor?[] rows, float[] scale, float[] offset, SymInt k, "
     "str metric, Tensor? query_labels, Tensor? key_labels, Tensor? exclude, Tensor[] packed, "
-    "bool report=True, Tensor[]? items=None, Tensor? affine=None) -> (Tensor, Tensor)",
-    "pair_scores(Tensor query, Tensor keys, Tensor ids, str metric, Tensor? affine=None) -> Tensor",
+    "bool report=True, Tensor[]? items=None) -> (Tensor, Tensor)",
+    "pair_scores(Tensor query, Tensor keys, Tensor ids, str metric) -> Tensor",
     "count_beats(Tensor query, Tensor keys, Tensor? rows, Tensor bounds, Tensor thresholds, "
-    "Tensor threshold_ids, str metric, Tensor? exclude, Tensor? affine=None) -> Tensor",
+    "Tensor threshold_ids, str metric, Tensor? exclude) -> Tensor",
 )
 
 _CPU_ALONE = ("softmax_loss",)  # see `_autograd.fuses`
@@ -122,12 +122,12 @@ def _(query, keys, rows, scale, offset, k, metric, query_labels, key_labels, exc
 
 
 @torch.library.register_fake("fastcompat::pair_scores")
-def _(query, keys, ids, metric, affine=None):  # type: ignore[no-untyped-def]
+def _(query, keys, ids, metric):  # type: ignore[no-untyped-def]
     return query.new_empty(ids.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("fastcompat::count_beats")
-def _(query, keys, rows, bounds, thresholds, threshold_ids, metric, exclude, affine=None):  # type: ignore[no-untyped-def]
+def _(query, keys, rows, bounds, thresholds, threshold_ids, metric, exclude):  # type: ignore[no-untyped-def]
     return threshold_ids.new_empty((*threshold_ids.shape, bounds.shape[0] - 1))
 
 

@@ -43,10 +43,10 @@ def _refuse(
     _checks.refuse_nonfinite(_checks.NonFiniteError(error.side, error.segment, row), names)
 
 
-def refuse_nonfinite(query: Tensor, keys: Tensor, names: tuple[str, str], rows: Tensor | None = None) -> None:
-    """ValueError for the first row of `query`, then of the `rows` of `keys`, that holds NaN or inf."""
+def refuse_nonfinite(query: Tensor, keys: Tensor, names: tuple[str, str]) -> None:
+    """ValueError for the first row of `query`, then of `keys`, that holds NaN or inf."""
     try:
-        reference.refuse_nonfinite(query, keys, rows)
+        reference.refuse_nonfinite(query, keys)
     except _checks.NonFiniteError as error:
         _refuse(error, (names,))
 
@@ -76,30 +76,17 @@ def topk(
         if not native:
             return reference.topk(segments, k, metric, query_labels, key_labels, exclude)
         query, keys, rows, scale, offset, items = map(list, zip(*segments, strict=True))
-        its, own = None if items[0] is None else items, None
-        if any(isinstance(x, Tensor) for x in (*scale, *offset)):
-            numbers = zip(scale, offset, strict=True)
-            own = torch.stack([affine_of(*two, query[0]) for two in numbers])  # [S, 2, B]
-            scale, offset = [1.0] * len(query), [0.0] * len(query)
+        its = None if items[0] is None else items
         _checks.no_transforms(forward_mode=False)
         sets = (query_labels, key_labels, exclude)
         found: tuple[Tensor, Tensor] = _ops.topk(
-            query, keys, rows, scale, offset, k, metric, *sets, packed, report, its, own
+            query, keys, rows, scale, offset, k, metric, *sets, packed, report, its
         )
         return found
     except _ERRORS as error:
         if names is None:
             raise
         _refuse(error, names)
-
-
-def affine_of(scale: float | Tensor, offset: float | Tensor, query: Tensor) -> Tensor:
-    """Scale and offset of every query, float32 [2, B], from numbers or vectors."""
-    count = len(query)
-    vectors = (
-        torch.as_tensor(x, dtype=torch.float32, device=query.device).expand(count) for x in (scale, offset)
-    )
-    return torch.stack(list(vectors))
 
 
 def pack(segment: Segment, metric: str, names: tuple[str, str]) -> Tensor:
@@ -116,7 +103,6 @@ def pair_scores(
     ids: Tensor,
     metric: str,
     *,
-    affine: Tensor | None = None,
     native: bool,
     names: Names = _NAMES,
     query_rows: Tensor | None = None,
@@ -124,7 +110,7 @@ def pair_scores(
     """Score of the pairs (i, ids[i, p]) (`reference.pair_scores`)."""
     kernel, query, keys = _kernel("pair_scores", native), query.detach(), keys.detach()
     try:
-        found = kernel(query, keys, ids, metric, affine)
+        found = kernel(query, keys, ids, metric)
         reference.refuse_overflow(found.isinf() & (ids >= 0))
         return found
     except _ERRORS as error:
@@ -137,14 +123,11 @@ def all_scores(
     ids: Tensor,
     metric: str,
     *,
-    affine: Tensor | None = None,
     names: Names = _NAMES,
     query_rows: Tensor | None = None,
 ) -> Tensor:
     """Every score [B, N] of the reference, those of the keys `ids` [B, P] known to be numbers."""
     found = reference.scores(query, keys, metric)
-    if affine is not None:
-        found = reference.mapped(found, affine[0], affine[1])
     try:
         reference.refuse_overflow(found.gather(1, ids.clamp(min=0)).isinf() & (ids >= 0))
         return found
@@ -162,7 +145,6 @@ def count_beats(
     metric: str,
     *,
     exclude: Tensor | None = None,
-    affine: Tensor | None = None,
     native: bool,
     names: Names = _NAMES,
     query_rows: Tensor | None = None,
@@ -170,7 +152,7 @@ def count_beats(
     """How many keys beat each threshold, per block of the walk (`reference.count_beats`)."""
     kernel, query, keys = _kernel("count_beats", native), query.detach(), keys.detach()
     try:
-        return kernel(query, keys, rows, bounds, thresholds, threshold_ids, metric, exclude, affine)
+        return kernel(query, keys, rows, bounds, thresholds, threshold_ids, metric, exclude)
     except _ERRORS as error:
         _refuse(error, names, query_rows, keys)
 
@@ -182,15 +164,12 @@ def ranks(
     metric: str,
     *,
     exclude: Tensor | None = None,
-    affine: Tensor | None = None,
     native: bool,
     names: Names = _NAMES,
     query_rows: Tensor | None = None,
 ) -> Tensor:
     """How many keys beat each of the keys `ids` [B, P]; -1 where the id is -1."""
-    score = pair_scores(
-        query, keys, ids, metric, affine=affine, native=native, names=names, query_rows=query_rows
-    )
+    score = pair_scores(query, keys, ids, metric, native=native, names=names, query_rows=query_rows)
     everything = torch.tensor([0, keys.shape[0]], dtype=torch.int64, device=ids.device)
     beaten_by = count_beats(
         query,
@@ -201,7 +180,6 @@ def ranks(
         ids,
         metric,
         exclude=exclude,
-        affine=affine,
         native=native,
         names=names,
         query_rows=query_rows,

@@ -54,15 +54,14 @@ class SoftmaxStats(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Part of a gallery: query [B, D], keys [N, D], the rows that count (None: all); scale * score + offset.
+    """Part of a gallery: query [B, D], keys [N, D], the rows that count (None: all); scale*score + offset.
 
-    Scale and offset are two numbers, or two float32 vectors [B] of a number for each query. `items` int32 [N]
-    says which item each row is of (-1: of none, the row is passed over); None: item = row.
+    `items` int32 [N] says which item each row is of (-1: of none, the row is passed over); None: item = row.
     """
 
     query: Tensor
     keys: Tensor
     rows: Tensor | None = None
-    scale: float | Tensor = 1.0
-    offset: float | Tensor = 0.0
+    scale: float = 1.0
+    offset: float = 0.0
     items: Tensor | None = None

@@ -18,12 +18,6 @@ from ._autocast import exactly
 from ._types import Segment, SoftmaxStats
 
 
-def mapped(scores: Tensor, scale: float | Tensor, offset: float | Tensor) -> Tensor:
-    """`scale_i * score_ij + offset_i`."""
-    scale, offset = (x[:, None] if isinstance(x, Tensor) else x for x in (scale, offset))
-    return scale * scores + offset
-
-
 class _Product(torch.autograd.Function):
     """`a @ b`, forward and backward as written: torch's own gradient would be rounded under autocast."""
 
@@ -222,7 +216,7 @@ def topk(
     for number, part in enumerate(segments):
         refuse_nonfinite(part.query, part.keys, part.rows, number)
         rows = _count(part.keys.shape[0], part.keys.device) if part.rows is None else part.rows
-        score = mapped(scores(part.query, part.keys, metric)[:, rows], part.scale, part.offset)
+        score = part.scale * scores(part.query, part.keys, metric)[:, rows] + part.offset
         if part.items is None:
             ids = rows
         else:
@@ -250,21 +244,14 @@ def topk(
     return best, best_ids.masked_fill(best == -torch.inf, -1)
 
 
-def pair_scores(
-    query: Tensor, keys: Tensor, ids: Tensor, metric: str, affine: Tensor | None = None
-) -> Tensor:
-    """Score of the pairs (i, ids[i, p]) [B, P], through `affine` [2, B]; -inf where the id is -1."""
+def pair_scores(query: Tensor, keys: Tensor, ids: Tensor, metric: str) -> Tensor:
+    """Score of the pairs (i, ids[i, p]) [B, P]; -inf where the id is -1."""
     used = ids.unique()  # type: ignore[no-untyped-call]
     refuse_nonfinite(query, keys, used[used >= 0])
     if keys.shape[0] == 0:
         dtype = torch.promote_types(query.dtype, torch.float32)
         return torch.full(ids.shape, -torch.inf, dtype=dtype, device=ids.device)
-    score = _affine(scores(query, keys, metric), affine)
-    return score.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
-
-
-def _affine(score: Tensor, affine: Tensor | None) -> Tensor:
-    return score if affine is None else mapped(score, affine[0], affine[1])
+    return scores(query, keys, metric).gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
 
 
 def count_beats(
@@ -276,19 +263,18 @@ def count_beats(
     threshold_ids: Tensor,
     metric: str,
     exclude: Tensor | None = None,
-    affine: Tensor | None = None,
 ) -> Tensor:
     """How many keys beat each threshold, per block of the walk over `rows` (None: all): int64 [B, P, T].
 
     Block t is the walk's positions bounds[t] .. bounds[t + 1]. A key beats a threshold with a greater score,
     or with an equal score and a smaller id; the threshold's own key is compared like any other. `exclude`
-    never counts; id -1 counts nothing. The scores are taken through `affine` [2, B], the thresholds as given.
+    never counts; id -1 counts nothing.
     """
     order = _count(keys.shape[0], keys.device) if rows is None else rows
     first, last = int(bounds[0]), int(bounds[-1])
     refuse_nonfinite(query, keys, order[first:last])
     order, bounds = order[first:last], bounds - first
-    score = _affine(scores(query, keys, metric)[:, order], affine)  # [B, M]
+    score = scores(query, keys, metric)[:, order]  # [B, M]
     counted = torch.ones_like(score, dtype=torch.bool) if exclude is None else order != exclude[:, None]
     counts = threshold_ids.new_zeros(*threshold_ids.shape, bounds.shape[0] - 1)  # [B, P, T]
     for p in range(threshold_ids.shape[1]):

@@ -144,6 +144,7 @@ struct BoundedCandidates {
     const int64_t query = item.first_query + q;
     float* scores = item.scores + state.at(q);
     int32_t* ids = item.ids + state.at(q);
+    const float factor = s.query_factor[query];
     with_search_arithmetic(s.keys, item.metric, [&](auto a) {
       using A = decltype(a);
       const float* x = words_of_row<A>(s.query, query, ws.floats(kRow, padded(s.query.dim)));
@@ -151,7 +152,7 @@ struct BoundedCandidates {
         const int n = static_cast<int>(smaller<int64_t>(W, to - i));
         float out[W];
         fetch(s.keys, ids + i + W, to - i - W);
-        exact_scores<A>(s, item.metric, x, query, ids + i, n, out, ws);
+        exact_scores<A>(s, item.metric, x, factor, ids + i, n, out, ws);
         std::memcpy(scores + i, out, static_cast<size_t>(n) * sizeof(float));
       }
     });
@@ -182,9 +183,10 @@ struct SegmentScreen {
   BoundedCandidates& candidates;
   TopkState& state;
   const SearchSegment& s;
+  SegmentTerms segment;
 
   SegmentScreen(BoundedCandidates& candidates, const SearchSegment& s)
-      : candidates(candidates), state(candidates.state), s(s) {}
+      : candidates(candidates), state(candidates.state), s(s), segment(s) {}
 
   // Products [n][L] of keys from position `first` on and strip t.
   template <bool UNITS>
@@ -192,10 +194,11 @@ struct SegmentScreen {
              const QueryBounds& queries, int t) {
     state.refresh(t);
     const float* threshold = state.threshold + t * L;
-    screen_block<UNITS>(keys, most, products, n, queries, threshold, [&](int row, int lane, float low, float high) {
-      if (t * L + lane < state.item.n_queries && !(high <= threshold[lane]))  // it may have risen since
-        candidates.offer(t * L + lane, low, high, static_cast<int32_t>(s.row(first + row)));
-    });
+    screen_block<UNITS>(
+        keys, most, products, n, queries, segment, threshold, [&](int row, int lane, float low, float high) {
+          if (t * L + lane < state.item.n_queries && !(high <= threshold[lane]))  // it may have risen since
+            candidates.offer(t * L + lane, low, high, static_cast<int32_t>(s.row(first + row)));
+        });
   }
 };
 

@@ -127,11 +127,11 @@ struct SearchSegment {
   Matrix query, keys;
   const int64_t* rows;
   int64_t count;
-  const float *query_factor, *scale, *offset;  // [B]
-  bool rises;                                  // with the score, for every query: all scales are above 0
-  const float* centre;                         // [D] what l2 is screened around; null for other metrics
-  float* packed;                               // or null
-  const int32_t* items;                        // [keys.rows] or null: each row's id; -1: the row is passed over
+  float scale, offset;
+  const float* query_factor;  // [B]
+  const float* centre;        // [D] what l2 is screened around; null for other metrics
+  float* packed;              // or null
+  const int32_t* items;       // [keys.rows] or null: each row's id; -1: the row is passed over
 
   int64_t row(int64_t position) const { return rows ? rows[position] : position; }
   int32_t item(int64_t row) const { return items ? items[row] : static_cast<int32_t>(row); }

@@ -125,6 +125,7 @@ struct ExactScorer {
   Beats& beats;
   Workspace& ws;
   PackedQueries<A> queries;
+  SegmentTerms segment;
   RowRange keys;
   float* rows;
 
@@ -132,6 +133,7 @@ struct ExactScorer {
       : beats(beats),
         ws(ws),
         queries(beats.s, beats.item.first_query, beats.item.n_queries, ws),
+        segment(beats.s),
         keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
         rows(ws.floats(kBlock, chunks_of(queries.words) * NB * CHUNK)) {}
 
@@ -163,7 +165,7 @@ struct ExactScorer {
       with_count<MR>(smaller(beats.n - from, MR), [&](auto height) {
         constexpr int R = decltype(height)::value;
         F acc[R][NV];
-        finished_tile<A, R>(rows, from, queries, t, terms, acc);
+        finished_tile<A, R>(segment, rows, from, queries, t, terms, acc);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -180,6 +182,7 @@ struct BoundScorer {
   Beats& beats;
   Workspace& ws;
   QuantisedQueries queries;
+  SegmentTerms segment;
   RowRange keys;
   QuantisedBlock quantised;
 
@@ -187,6 +190,7 @@ struct BoundScorer {
       : beats(beats),
         ws(ws),
         queries(beats.s, beats.item.metric, beats.item.first_query, beats.item.n_queries, ws),
+        segment(beats.s),
         keys{beats.s.keys, beats.s.rows, 0, beats.s.count},
         quantised(ws.floats(kBlock, QuantisedBlock::floats(queries.words)), queries.words) {}
 
@@ -219,7 +223,7 @@ struct BoundScorer {
         const auto of = [&](const float* x) { return Simd::load(x + v * W); };
         const F product = of(beats.scores + i * L), dot = Quantiser::kUnits ? Simd::mul(product, of(q.unit)) : product;
         const F error = Simd::fma(of(q.residual), b, Simd::fma(of(q.norm), c, of(q.own_error)));
-        const LastSteps finish(q.terms, v);
+        const auto finish = [&](F inner) { return last_steps(inner, of(q.terms.multiply), of(q.terms.add), segment); };
         least[v] = Simd::max(finish(Simd::fma(dot, a, Simd::sub(below, error))), Simd::set1(-kInf));
         most[v] = Simd::min(finish(Simd::fma(dot, a, Simd::add(above, error))), Simd::set1(kInf));
       }
@@ -236,7 +240,7 @@ struct BoundScorer {
       with_search_arithmetic(beats.s.keys, beats.item.metric, [&](auto a) {
         using A = decltype(a);
         const float* x = words_of_row<A>(beats.s.query, query, ws.floats(kRow, padded(beats.s.query.dim)));
-        exact_scores<A>(beats.s, beats.item.metric, x, query, &id, 1, score, ws);
+        exact_scores<A>(beats.s, beats.item.metric, x, beats.s.query_factor[query], &id, 1, score, ws);
       });
     }
     strip.recount(lane, beats.low[k], beats.high[k], code_of(score[0], id));
@@ -252,7 +256,7 @@ void beats_with(const BeatsItem& item, Workspace& ws) {
   Beats beats(item, ws);
   int64_t begin = item.begin;
 #ifdef FASTCOMPAT_SCREEN
-  if (A::PACK == 1 && item.n_queries > kMinBoundQueries && item.segment->rises) {
+  if (A::PACK == 1 && item.n_queries > kMinBoundQueries && item.segment->scale > 0) {
     [[maybe_unused]] const Screen::Scope scope;
     BoundScorer scorer(beats, ws);
     begin = beats.walk(scorer, begin);
@@ -279,7 +283,7 @@ void pair_scores_with(const PairItem& item, Workspace& ws) {
       int real = 0;
       for (int i = 0; i < n; ++i)
         if (ids[from + i] >= 0) some[real++] = static_cast<int32_t>(ids[from + i]);
-      if (real) exact_scores<A>(s, item.metric, x, q, some, real, out, ws);
+      if (real) exact_scores<A>(s, item.metric, x, s.query_factor[q], some, real, out, ws);
       for (int i = 0, next = 0; i < n; ++i)
         item.out[q * item.targets + from + i] = ids[from + i] < 0 ? -kInf : out[next++];
     }

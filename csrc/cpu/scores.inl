@@ -137,8 +137,16 @@ inline void note_bad(int64_t* bad, int64_t row) {
   }
 }
 
-inline F finish_score(F sum, F a, F c, F scale, F offset) {
-  return Simd::fma(Simd::mul(Simd::mul(sum, a), c), scale, offset);
+// What a segment does to every score.
+struct SegmentTerms {
+  F scale, offset, inverse_scale;
+
+  explicit SegmentTerms(const SearchSegment& s)
+      : scale(Simd::set1(s.scale)), offset(Simd::set1(s.offset)), inverse_scale(Simd::set1(1 / s.scale)) {}
+};
+
+inline F finish_score(F sum, F a, F c, const SegmentTerms& s) {
+  return Simd::fma(Simd::mul(Simd::mul(sum, a), c), s.scale, s.offset);
 }
 
 // A block of queries, packed for one segment.
@@ -146,25 +154,18 @@ template <class A>
 struct PackedQueries {
   int strips;
   int64_t words;
-  float* panels;                     // [strips][words][L]
-  float *multiply, *scale, *offset;  // [strips][L]
+  float *panels, *multiply;  // [strips][words][L], [strips][L]
 
   PackedQueries(const SearchSegment& s, int64_t first, int64_t count, Workspace& ws)
       : strips(static_cast<int>((count + L - 1) / L)), words(words_of<A>(s.query.dim)) {
     panels = ws.floats(kPanels, strips * words * L);
-    multiply = ws.floats(kQueryFactors, 3 * strips * L);
-    scale = multiply + strips * L;
-    offset = scale + strips * L;
+    multiply = ws.floats(kQueryFactors, strips * L);
     const RowRange range{s.query, nullptr, first, count};
     for (int t = 0; t < strips; ++t) {
       const int n = static_cast<int>(smaller<int64_t>(count - t * L, L));
       pack_lanes<A>(range, t * L, n, panels + t * words * L, ws);
-      for (int lane = t * L; lane < (t + 1) * L; ++lane) {
-        const bool real = lane < t * L + n;
-        multiply[lane] = real ? s.query_factor[first + lane] : 0.0f;
-        scale[lane] = real ? s.scale[first + lane] : 0.0f;
-        offset[lane] = real ? s.offset[first + lane] : 0.0f;
-      }
+      for (int lane = 0; lane < L; ++lane)
+        multiply[t * L + lane] = lane < n ? s.query_factor[first + t * L + lane] : 0.0f;
     }
   }
   const float* panel(int t) const { return panels + t * words * L; }
@@ -193,23 +194,23 @@ struct PackedKeys {
 
 // Finished scores of R rows with a strip of queries.
 template <class A, int R>
-inline __attribute__((always_inline)) void finished_tile(const float* block, int first, const PackedQueries<A>& queries,
-                                                         int t, const PackedKeys<A>& keys, F (&acc)[R][NV]) {
+inline __attribute__((always_inline)) void finished_tile(const SegmentTerms& s, const float* block, int first,
+                                                         const PackedQueries<A>& queries, int t,
+                                                         const PackedKeys<A>& keys, F (&acc)[R][NV]) {
   score_tile<A, R>(block, first, queries.panel(t), queries.words, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     const F a = Simd::set1(keys.multiply[first + r]);
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const auto of = [&](const float* x) { return Simd::load(x + t * L + v * W); };
-      acc[r][v] = finish_score(acc[r][v], a, of(queries.multiply), of(queries.scale), of(queries.offset));
-    }
+    for (int v = 0; v < NV; ++v)
+      acc[r][v] = finish_score(acc[r][v], a, Simd::load(queries.multiply + t * L + v * W), s);
   }
 }
 
-// Exact scores of a query (its words, and its row) and `n` <= W keys: the sums of score_tile, in its order.
+// Exact scores of a query (its words, and what it multiplies by) and `n` <= W keys: the sums of score_tile, in its
+// order.
 template <class A>
-inline void exact_scores(const SearchSegment& s, Metric metric, const float* query, int64_t row, const int32_t* ids,
+inline void exact_scores(const SearchSegment& s, Metric metric, const float* query, float factor, const int32_t* ids,
                          int n, float* out, Workspace& ws) {
   const int64_t dim = s.keys.dim, words = words_of<A>(dim), stride = padded(dim);
   float* lines = ws.floats(kGathered, (W + 1) * stride);
@@ -248,9 +249,7 @@ inline void exact_scores(const SearchSegment& s, Metric metric, const float* que
     }
   }
   if (words > PIECE) sum = Simd::add(total, sum);
-  const F factor = Simd::set1(s.query_factor[row]);
-  Simd::store(out,
-              finish_score(sum, Simd::load(multiply), factor, Simd::set1(s.scale[row]), Simd::set1(s.offset[row])));
+  Simd::store(out, finish_score(sum, Simd::load(multiply), Simd::set1(factor), SegmentTerms(s)));
 }
 
 inline int32_t id_at(const SearchSegment& s, int64_t position) {

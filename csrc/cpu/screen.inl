@@ -78,33 +78,19 @@ struct KeyBounds {
   }
 };
 
-struct LaneTerms {  // of (inner * multiply + add) * scale + offset
-  float multiply[L], add[L], scale[L], offset[L];
-};
-
-// The steps from a product, after the key's, to a score.
-struct LastSteps {
-  F multiply, add, scale, offset;
-
-  LastSteps(const LaneTerms& terms, int v)
-      : multiply(Simd::load(terms.multiply + v * W)),
-        add(Simd::load(terms.add + v * W)),
-        scale(Simd::load(terms.scale + v * W)),
-        offset(Simd::load(terms.offset + v * W)) {}
-
-  F operator()(F inner) const { return Simd::fma(Simd::fma(inner, multiply, add), scale, offset); }
+struct LaneTerms {  // of inner * multiply + add
+  float multiply[L], add[L];
 };
 
 // What a strip of queries contributes.
 struct QueryBounds {
-  float norm[L], residual[L], own_error[L], unit[L];  // `own_error`: whatever the key
-  float inverse[L], inverse_scale[L];                 // of what terms multiply by
+  float norm[L], residual[L], own_error[L], unit[L],
+      inverse[L];  // `own_error`: whatever the key; the last: of what terms multiply by
   LaneTerms terms;
   float sum_ratio;  // the largest that a sum can be instead of 1
 
-  // A query's norm, the norm of what rounding took away, the unit of its products, and its row in the segment.
-  void set(int lane, Metric metric, int64_t dim, double length, float residual_norm, float one, const SearchSegment& s,
-           int64_t row) {
+  // A query's norm, the norm of what rounding took away, and what its products are multiplied by.
+  void set(int lane, Metric metric, int64_t dim, double length, float residual_norm, float one, float factor) {
     const double sums = (2.0 * static_cast<double>(dim) + 32) * 0x1p-24;
     const float square = form_of(metric).differences ? static_cast<float>(length * length) : 0;
     norm[lane] = larger(length + residual_norm, dim);
@@ -112,35 +98,37 @@ struct QueryBounds {
         extreme(length * length) ? kInf : larger(residual_norm + sums * length, dim);  // infinite: all of its keys pass
     own_error[lane] = square_error(square, dim);
     unit[lane] = one;
-    terms.multiply[lane] = s.query_factor[row];
+    terms.multiply[lane] = factor;
     terms.add[lane] = -square;
-    terms.scale[lane] = s.scale[row];
-    terms.offset[lane] = s.offset[row];
-    inverse[lane] = 1 / s.query_factor[row];
-    inverse_scale[lane] = 1 / s.scale[row];
+    inverse[lane] = 1 / factor;
     sum_ratio = 1;
   }
 };
 
+inline F last_steps(F inner, F c, F d, const SegmentTerms& s) {
+  return Simd::fma(Simd::fma(inner, c, d), s.scale, s.offset);
+}
+
 // A limit for products after the key's steps: up to it no score is above the lane's threshold. The threshold taken
 // through the other steps backwards, and less by 2^-21 of every term, eight times what one rounding can take; where
 // taking it forwards does not confirm it, -inf. Steps only grow.
-inline F inner_limit(F threshold, F inverse, F inverse_scale, const LastSteps& steps) {
+inline F inner_limit(F threshold, F multiply, F add, F inverse, const SegmentTerms& s) {
   const auto size = [](F a) { return Simd::max(a, Simd::sub(Simd::set1(0.0f), a)); };
-  const F rounding = Simd::mul(
-      Simd::fma(Simd::add(size(threshold), size(steps.offset)), inverse_scale, size(steps.add)), Simd::set1(0x1p-21f));
-  const F scaled = Simd::sub(Simd::mul(Simd::sub(threshold, steps.offset), inverse_scale), steps.add);
+  const F rounding = Simd::mul(Simd::fma(Simd::add(size(threshold), size(s.offset)), s.inverse_scale, size(add)),
+                               Simd::set1(0x1p-21f));
+  const F scaled = Simd::sub(Simd::mul(Simd::sub(threshold, s.offset), s.inverse_scale), add);
   const F limit = Simd::min(Simd::mul(Simd::sub(scaled, rounding), inverse), Simd::set1(kLargest));  // of NaN: kLargest
   const F finite = Simd::max(limit, Simd::set1(-kLargest));
-  return Simd::select(Simd::not_le(steps(finite), threshold), Simd::set1(-kInf), finite);
+  return Simd::select(Simd::not_le(last_steps(finite, multiply, add, s), threshold), Simd::set1(-kInf), finite);
 }
 
 // Calls offer(row, lane, low, high) for every pair of a strip with the n rows of a block that may score above the
 // lane's threshold, with bounds of its score. UNITS: the products [n][L] count the queries' units. `most`: the rows'.
 template <bool UNITS, class Offer>
 inline void screen_block(const KeyBounds& keys, const ErrorFactors& most, const float* products, int n,
-                         const QueryBounds& queries, const float* threshold, Offer&& offer) {
-  F norm[NV], residual[NV], own_error[NV], unit[NV], largest_error[NV], limit[NV];
+                         const QueryBounds& queries, const SegmentTerms& segment, const float* threshold,
+                         Offer&& offer) {
+  F norm[NV], residual[NV], own_error[NV], unit[NV], multiply[NV], add[NV], largest_error[NV], limit[NV];
   const F sum_ratio = Simd::set1(queries.sum_ratio);
   const auto error_bound = [&](float key_norm, float key_residual, int v) {
     return Simd::fma(residual[v], Simd::set1(key_norm), Simd::fma(norm[v], Simd::set1(key_residual), own_error[v]));
@@ -150,9 +138,11 @@ inline void screen_block(const KeyBounds& keys, const ErrorFactors& most, const 
     residual[v] = Simd::load(queries.residual + v * W);
     own_error[v] = Simd::load(queries.own_error + v * W);
     unit[v] = Simd::load(queries.unit + v * W);
+    multiply[v] = Simd::load(queries.terms.multiply + v * W);
+    add[v] = Simd::load(queries.terms.add + v * W);
     largest_error[v] = error_bound(most.norm, most.residual, v);
-    limit[v] = inner_limit(Simd::load(threshold + v * W), Simd::load(queries.inverse + v * W),
-                           Simd::load(queries.inverse_scale + v * W), LastSteps(queries.terms, v));
+    limit[v] =
+        inner_limit(Simd::load(threshold + v * W), multiply[v], add[v], Simd::load(queries.inverse + v * W), segment);
   }
   const auto product = [&](int i, int v) {
     const F p = Simd::load(products + i * L + v * W);
@@ -178,8 +168,9 @@ inline void screen_block(const KeyBounds& keys, const ErrorFactors& most, const 
       uint32_t passes = 0;
       for (int v = 0; v < NV; ++v) {
         const F error = error_bound(keys.norm[i], keys.residual[i], v), dot = product(i, v);
-        const LastSteps steps(queries.terms, v);
-        const auto bound = [&](F dot, F constant) { return steps(inner(dot, i, constant)); };
+        const auto bound = [&](F dot, F constant) {
+          return last_steps(inner(dot, i, constant), multiply[v], add[v], segment);
+        };
         const F highest = bound(dot, Simd::add(error, Simd::set1(keys.high[i])));
         const F lowest = bound(Simd::mul(dot, sum_ratio), Simd::sub(Simd::set1(keys.low[i]), error));
         Simd::store(high + v * W, highest);

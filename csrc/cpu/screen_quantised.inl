@@ -174,8 +174,8 @@ struct QuantisedQueries {
       const int lane = static_cast<int>(q % L);
       for (int64_t w = 0; w < words; ++w)
         std::memcpy(panels + (q / L * words + w) * L + lane, quantised + w, sizeof(float));
-      bounds[q / L].set(lane, metric, dim, length, __builtin_sqrtf(Simd::sum(residual_squares)), quantise.unit, s,
-                        first + q);
+      bounds[q / L].set(lane, metric, dim, length, __builtin_sqrtf(Simd::sum(residual_squares)), quantise.unit,
+                        s.query_factor[first + q]);
     }
   }
   const float* panel(int t) const { return panels + t * words * L; }

@@ -74,7 +74,7 @@ void screen_streaming_as(const TopkItem& item, const SearchSegment& s, int64_t b
     const int64_t row = item.first_query + q;
     load_row(queries + q * stride, s.query, row);
     const double length = l2 ? 0 : __builtin_sqrt(squared_norm(queries + q * stride, dim));
-    strip.set(q, item.metric, dim, length, 0, 1, s, row);
+    strip.set(q, item.metric, dim, length, 0, 1, s.query_factor[row]);
   }
   if (l2) {
     const float part = (2 * static_cast<float>(dim) + 32) * 0x1p-24f;

@@ -91,34 +91,17 @@ int64_t packed_centre(const Matrix& keys, Metric metric) {
   return form_of(metric).differences ? (keys.dim + kCacheLineFloats - 1) / kCacheLineFloats * kCacheLineFloats : 0;
 }
 
-// The queries' own numbers, or the one number of all.
-std::vector<float> each_of(const float* own, float number, int64_t B) {
-  return own ? std::vector<float>(own, own + B) : std::vector<float>(static_cast<size_t>(B), number);
-}
-
 // A segment with its queries' factors; those of the keys are found while they are packed.
 struct Prepared {
   Factors query;
-  std::vector<float> scale, offset;  // [B]
-  std::vector<float> lifted;         // the queries, where some are
+  std::vector<float> lifted;  // the queries, where some are
   std::vector<float> centre;
   SearchSegment segment;
 
   Prepared(const Segment& s, Metric metric, int number, int threads)
       : query({s.query, nullptr, 0, s.query.rows}, metric, "query", number, threads),
-        scale(each_of(s.scales, s.scale, s.query.rows)),
-        offset(each_of(s.offsets, s.offset, s.query.rows)),
-        segment{s.query,
-                s.keys,
-                s.rows,
-                s.count,
-                query.multiply.data(),
-                scale.data(),
-                offset.data(),
-                std::all_of(scale.begin(), scale.end(), [](float x) { return x > 0; }),
-                nullptr,
-                s.packed,
-                s.items} {
+        segment{s.query, s.keys,   s.rows, s.count, s.scale, s.offset, query.multiply.data(),
+                nullptr, s.packed, s.items} {
     const Matrix& q = s.query;
     if (std::any_of(query.lift.begin(), query.lift.end(), [](float lift) { return lift != 1; })) {
       lifted.resize(static_cast<size_t>(q.rows * q.dim));

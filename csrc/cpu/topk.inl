@@ -10,6 +10,7 @@ template <class A>
 void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, int64_t end, TopkState& state,
                    int64_t* bad, Workspace& ws) {
   const PackedQueries<A> queries(s, item.first_query, item.n_queries, ws);
+  const SegmentTerms constant(s);
   float* block = ws.floats(kBlock, chunks_of(queries.words) * NB * CHUNK);
   const RowRange keys{s.keys, s.rows, 0, s.count};
   for (int64_t first = begin; first < end; first += NB) {
@@ -24,7 +25,7 @@ void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, 
         with_count<MR>(smaller(n - from, MR), [&](auto rows) {
           constexpr int R = decltype(rows)::value;
           F acc[R][NV];
-          finished_tile<A, R>(block, from, queries, t, terms, acc);
+          finished_tile<A, R>(constant, block, from, queries, t, terms, acc);
           uint32_t any = 0;
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v) {
@@ -56,7 +57,7 @@ void score_segment(const TopkItem& item, const SearchSegment& s, int64_t begin, 
 }
 
 inline bool screening_pays(const TopkItem& item, const SearchSegment& s, int64_t keys) {
-  return s.rises && item.k > 0 && keys >= kKeysPerResult * item.k;
+  return s.scale > 0 && item.k > 0 && keys >= kKeysPerResult * item.k;
 }
 
 // Floats of a packed block; 0 where a copy would save less than a quarter of the keys as floats.

@@ -109,19 +109,11 @@ __device__ __forceinline__ float sum_of(const Matrix& a, int64_t i, const Matrix
   return warp_sum(sum);
 }
 
-// What a query's scores are multiplied by, and what is added.
-__device__ __forceinline__ float scale_of(const Space& s, int64_t query) {
-  return s.segment.scales ? s.segment.scales[query] : s.segment.scale;
-}
-__device__ __forceinline__ float offset_of(const Space& s, int64_t query) {
-  return s.segment.offsets ? s.segment.offsets[query] : s.segment.offset;
-}
-
 // From `inner` to the score; -0 becomes +0, so that equal scores have equal bits. A NaN stays one.
-__device__ __forceinline__ float finish(float inner, float multiply, float add, const Space& s, int64_t query) {
+__device__ __forceinline__ float finish(float inner, float multiply, float add, const Space& s) {
   const float most = s.metric == Metric::l2 ? 0.0f : CUDART_INF_F;  // rounding must not make a distance negative
   const float score = __fmaf_rn(inner, multiply, add);
-  return __fadd_rn(__fmaf_rn(score > most ? most : score, scale_of(s, query), offset_of(s, query)), 0.0f);
+  return __fadd_rn(__fmaf_rn(score > most ? most : score, s.segment.scale, s.segment.offset), 0.0f);
 }
 
 __device__ __forceinline__ float lift_of(const RowFactors& t) { return t.norm < CUDART_INF_F ? 1.0f : t.add; }
@@ -133,13 +125,13 @@ __device__ __forceinline__ float score_of(const Space& s, int64_t query, const R
       const float t = __fsub_rn(x, y);
       return __fmaf_rn(t, t, sum);
     });
-    return finish(-square, 1, 0, s, query);
+    return finish(-square, 1, 0, s);
   }
   const float lift_q = lift_of(q), lift_k = lift_of(k);
   const float dot = sum_of(s.segment.query, query, s.segment.keys, row, [&](float x, float y, float sum) {
     return __fmaf_rn(__fmul_rn(x, lift_q), __fmul_rn(y, lift_k), sum);
   });
-  return finish(__fmul_rn(dot, k.multiply), q.multiply, 0, s, query);
+  return finish(__fmul_rn(dot, k.multiply), q.multiply, 0, s);
 }
 
 // The squared norm of a row, and in double where float could overflow or underflow: infinity or NaN when the row is not
@@ -242,13 +234,13 @@ __device__ __forceinline__ KeyBounds bounds_of(const RowFactors& k) {
 }
 
 // The interval that holds the exact score of a pair whose screened `inner` is given; everything where nothing is sure.
-__device__ __forceinline__ void score_interval(float inner, int64_t query, const RowFactors& q, const RowFactors& k,
-                                               const Space& s, float& low, float& high) {
-  const float screened = finish(inner, q.multiply, q.add, s, query);
+__device__ __forceinline__ void score_interval(float inner, const RowFactors& q, const RowFactors& k, const Space& s,
+                                               float& low, float& high) {
+  const float screened = finish(inner, q.multiply, q.add, s);
   const float error = inner_error(q, bounds_of(k), s.segment.keys.dim);
   const float error_bound =
-      fabsf(scale_of(s, query)) * (q.multiply * error + (0x1p-19f + square_error(s.segment.keys.dim)) * fabsf(q.add)) +
-      0x1p-20f * fabsf(offset_of(s, query));
+      fabsf(s.segment.scale) * (q.multiply * error + (0x1p-19f + square_error(s.segment.keys.dim)) * fabsf(q.add)) +
+      0x1p-20f * fabsf(s.segment.offset);
   low = screened - error_bound;
   high = screened + error_bound;
   if (!(low >= -3e38f && high <= 3e38f)) {
@@ -258,8 +250,8 @@ __device__ __forceinline__ void score_interval(float inner, int64_t query, const
 }
 
 // No key whose `inner` is below this by its error has a score of `threshold` or more.
-__device__ __forceinline__ float inner_level(float threshold, int64_t query, const RowFactors& q, const Space& s) {
-  const float scale = scale_of(s, query), offset = offset_of(s, query);
+__device__ __forceinline__ float inner_level(float threshold, const RowFactors& q, const Space& s) {
+  const float scale = s.segment.scale, offset = s.segment.offset;
   if (!(scale > 0 && q.multiply > 0)) return -CUDART_INF_F;
   const float level = ((threshold - offset) / scale - q.add) / q.multiply;
   const float size = (fabsf(threshold) + fabsf(offset)) / scale + fabsf(q.add);

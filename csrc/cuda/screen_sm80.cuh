@@ -175,7 +175,6 @@ __global__ void __launch_bounds__(THREADS, 2)
   const RowFactors past_the_end = {0, -CUDART_INF_F, 0, 0};
   auto terms_of = [&](int64_t at) { return at < end ? p.space.key_factors[at] : past_the_end; };
   auto tile_of = [&](int64_t at) { return p.space.tiles[min(at, p.end - 1) / TILE]; };
-  auto level_of = [&] { return inner_level(reduction.threshold(), first_query + tid, query, p.space); };
   RowFactors next_terms = terms_of(begin + tid);  // fetched a tile ahead, as is
   KeyBounds next_tile = tile_of(begin);
   Stream stream(p, shared.stages, first_query, begin, end);
@@ -191,8 +190,9 @@ __global__ void __launch_bounds__(THREADS, 2)
     shared.keys[tid] = next_terms;
     next_terms = terms_of(first + TILE + tid);
     reduction.start_tile(first, end);
-    shared.limits[tid] = has_query && reduction.active() ? limit_at(level_of(), query, next_tile, p.space)
-                                                         : CUDART_NAN_F;  // which nothing reaches, not even infinity
+    shared.limits[tid] = has_query && reduction.active()
+                             ? limit_at(inner_level(reduction.threshold(), query, p.space), query, next_tile, p.space)
+                             : CUDART_NAN_F;  // which nothing reaches, not even infinity
     next_tile = tile_of(first + TILE);
     float acc[4][8][4];
 #pragma unroll
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(THREADS, 2)
             const int column = warp_columns + e / 2 * 8 + lane % 4 * 2 + e % 2;
             if (inner < limit || first + column >= end) continue;
             float low, high;
-            score_interval(inner, first_query + row, shared.query[row], shared.keys[column], p.space, low, high);
+            score_interval(inner, shared.query[row], shared.keys[column], p.space, low, high);
             if (reduction.offer(row, column, first + column, low, high)) unsure |= 1u << e;
           }
         }

@@ -86,7 +86,7 @@ struct WarpRows {
   }
   __device__ void find_level() {
     const QueryRow& row = rows[lane()];
-    level = owns() ? inner_level(row.list.threshold, query_of(lane()), row.factors, screen.space) : CUDART_NAN_F;
+    level = owns() ? inner_level(row.list.threshold, row.factors, screen.space) : CUDART_NAN_F;
   }
   __device__ void refresh() {
     if (owns()) rows[lane()].list.raise(shared_threshold(problem, query_of(lane()) - screen.first_query), NO_ID);
@@ -122,7 +122,7 @@ struct WarpRows {
       if (position < screen.end) {
         QueryRow& q = rows[row];
         float low, high;
-        score_interval(s.inner, query_of(row), q.factors, screen.space.key_factors[position], screen.space, low, high);
+        score_interval(s.inner, q.factors, screen.space.key_factors[position], screen.space, low, high);
         append(problem, screen.space, query_of(row), list_of(row), q.list, position, low, high);
       }
     }

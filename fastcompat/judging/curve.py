@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import _checks, _files, _inputs
 from .._types import Array, ArrayLike, Backend, Metric
-from ..serving.calibration import Calibrator, together
 from . import bands, counting, gains
 from .bands import NAMES, Bound
 from .queries import CurveQueries
@@ -145,7 +144,6 @@ def backfill_curve(
     ks: Sequence[int] = (1, 5, 10),
     metric: Metric = "cosine",
     baseline: tuple[ArrayLike, ArrayLike] | None = None,
-    calibrators: tuple[Calibrator, Calibrator] | None = None,
     exclude: ArrayLike | None = None,
     exclude_groups: tuple[ArrayLike, ArrayLike] | None = None,
     gain: str = "linear",
@@ -193,9 +191,6 @@ def backfill_curve(
         states: T, from 2 to 10,000.
         ks: the cut-offs k of CMC@k.
         metric: "cosine", "ip" or "l2".
-        calibrators: fitted ones of the old and of the new space: where both spaces hold items, these are
-            ranked by the mapped scores. The first and the last state stay the pure old and the pure new
-            system exactly. If one fell back from its odds, both are used without.
         baseline: (query [Q, D_b], gallery [N, D_b]) of the system that flips are counted against, ranked in
             its own space (None: state 0).
         exclude: [Q] or [Q, E] whole numbers, for each query gallery ids that are neither ranked nor relevant,
@@ -213,8 +208,6 @@ def backfill_curve(
         Space(query_old, old, ("query_old", "old"), metric, backend),
         Space(query_new, new, ("query_new", "new"), metric, backend),
     )
-    if calibrators is not None:
-        mixed.calibrate(calibrators, metric)
     base = _baseline(baseline, mixed.old, metric, backend)
     seed = _checks.whole("seed", seed)
     cuts = state_cuts(states, len(mixed.old.gallery), mixed.old.query.device)  # [T]
@@ -333,31 +326,16 @@ class _MixedSpace:
         _checks.same_device("new", new.gallery, "old", old.gallery)
         self.old, self.new = old, new
         self.native = old.native = new.native = old.native and new.native
-        self.both = old, new  # as they are ranked where both hold items
-
-    def calibrate(self, calibrators: tuple[Calibrator, Calibrator], metric: str) -> None:
-        """Rank by mapped scores where both spaces hold items."""
-        pure = (self.old, self.new)
-        affines = together(calibrators, [s.query for s in pure], ("query_old", "query_new"), metric)
-        self.both = self.old.mapped(affines[0]), self.new.mapped(affines[1])
 
     def ranks(self, q: Tensor, ids: Tensor, exclude: Tensor | None, order: Tensor, cuts: Tensor) -> Tensor:
         """Rank [B, T, P] of the items `ids` in every state; -1 where the id is -1."""
-        ranks = self._ranks(q, ids, exclude, order, cuts)
-        for space, mapped, cut in zip((self.old, self.new), self.both, (0, len(order)), strict=True):
-            pure = cuts == cut
-            if mapped is not space and pure.any():
-                ranks[:, pure] = space.ranks(q, ids, exclude)[:, None]
-        return ranks
-
-    def _ranks(self, q: Tensor, ids: Tensor, exclude: Tensor | None, order: Tensor, cuts: Tensor) -> Tensor:
         turn = torch.empty_like(order)  # [N], position of each item in the backfill order
         turn[order] = torch.arange(len(order), dtype=torch.int64, device=order.device)
         if not self.native:
             return self._ranks_state_by_state(q, ids, exclude, order, turn, cuts)
         if len(order) and ids.shape[1] >= MANY * len(order):
             everything = torch.arange(len(order), dtype=torch.int64, device=ids.device).expand(len(q), -1)
-            old, new = (space.pair_scores(q, everything) for space in self.both)
+            old, new = (space.pair_scores(q, everything) for space in (self.old, self.new))
             return counting.mixed_ranks(old, new, ids, exclude, turn, cuts)
         return self._ranks_in_one_pass(q, ids, exclude, order, turn, cuts)
 
@@ -366,10 +344,10 @@ class _MixedSpace:
     ) -> Tensor:
         # Every item is a target twice: with its old score and with its new score.
         twice = torch.cat([ids, ids], 1)  # [B, 2P]
-        own = torch.cat([space.pair_scores(q, ids) for space in self.both], 1)
+        own = torch.cat([space.pair_scores(q, ids) for space in (self.old, self.new)], 1)
         in_old, in_new = (
             F.pad(space.count_beats(q, order, cuts, own, twice, exclude).cumsum(2), (1, 0))
-            for space in self.both
+            for space in (self.old, self.new)
         )  # [B, 2P, T]: beaten by how many of the items before each cut
         ranks = (in_new + in_old[..., -1:] - in_old).transpose(1, 2)  # [B, T, 2P]
         with_old, with_new = ranks.chunk(2, dim=2)
@@ -379,7 +357,7 @@ class _MixedSpace:
     def _ranks_state_by_state(
         self, q: Tensor, ids: Tensor, exclude: Tensor | None, order: Tensor, turn: Tensor, cuts: Tensor
     ) -> Tensor:
-        old, new = (space.scores(q, ids) for space in self.both)  # [B, N]
+        old, new = self.old.scores(q, ids), self.new.scores(q, ids)  # [B, N]
         states = [full_sort_ranks(torch.where(turn < cut, new, old), ids, exclude) for cut in cuts]
         return torch.stack(states, 1)
 

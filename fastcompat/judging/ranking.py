@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,17 +32,10 @@ class Space:
         _checks.choice("metric", metric, _checks.METRICS)
         self.native = _checks.use_native(backend, query)
         self.names, self.metric = names, metric
-        self.affine: Tensor | None = None
         self.query = query.detach()  # [Q, D]
         self.gallery = gallery.detach()  # [N, D]
         if self.gallery.stride(1) != 1:
             self.gallery = self.gallery.contiguous()
-
-    def mapped(self, affine: Tensor) -> Space:
-        """The same space with scores `affine[0] * s + affine[1]`, float32 [2, Q]."""
-        space = copy.copy(self)
-        space.affine = affine
-        return space
 
     def refuse_nonfinite(self, q: Tensor) -> None:
         """Refuse NaN and inf in the query rows `q`, and in a gallery that no native kernel will check."""
@@ -54,11 +46,7 @@ class Space:
             _search.refuse_nonfinite(self.query[:0], self.gallery, self.names)
 
     def _how(self, q: Tensor) -> dict[str, Any]:
-        return self._given(q) | {"native": self.native}
-
-    def _given(self, q: Tensor) -> dict[str, Any]:
-        affine = None if self.affine is None else self.affine[:, q]
-        return {"affine": affine, "names": (self.names,), "query_rows": q}
+        return {"native": self.native, "names": (self.names,), "query_rows": q}
 
     def pair_scores(self, q: Tensor, ids: Tensor) -> Tensor:
         """Scores [B, P] of the gallery items `ids` for the queries `q`."""
@@ -106,7 +94,9 @@ class Space:
 
     def scores(self, q: Tensor, ids: Tensor) -> Tensor:
         """All scores [B, N] of the queries `q`, among which the items `ids` are ranked (reference)."""
-        return _search.all_scores(self.query[q], self.gallery, ids, self.metric, **self._given(q))
+        return _search.all_scores(
+            self.query[q], self.gallery, ids, self.metric, names=(self.names,), query_rows=q
+        )
 
     def ranks(self, q: Tensor, ids: Tensor, exclude: Tensor | None) -> Tensor:
         """Rank [B, P] of the items `ids` in the whole gallery; -1 where the id is -1."""

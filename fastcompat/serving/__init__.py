@@ -1,1 +1,1 @@
-"""What answers queries during an upgrade: galleries of several models, and their results made one list."""
+"""What answers queries during an upgrade: galleries of several models, and lists of results made one."""

@@ -18,21 +18,13 @@ RRF_CONSTANT = 60
 
 
 def merge_topk(
-    results: Sequence[tuple[Array, ArrayLike]],
-    k: int,
-    *,
-    method: Method = "score",
-    scale: Sequence[float | ArrayLike] | None = None,
-    offset: Sequence[float | ArrayLike] | None = None,
-    backend: Backend = "auto",
+    results: Sequence[tuple[Array, ArrayLike]], k: int, *, method: Method = "score", backend: Backend = "auto"
 ) -> tuple[Array, Array]:
     """The best k items of several result lists of the same queries: shards, engines, embedding spaces.
 
     The merged score of an item, from its score s in a list and its place in it (1 = first filled slot)::
 
-        "score"    scale * s + offset: scores of one kind, such as the shards of a gallery, as they are;
-                   those of different models with the query's own scale and offset in each list
-                   (`fastcompat.Calibrator.affine`, from a sample of that engine's vectors)
+        "score"    s as given: scores of one kind, such as the shards of a gallery
         "rrf"      sum over the lists that hold the item of 1 / (60 + place)
         "zscore"   (s - mean) / standard deviation, of the query's filled slots in that list
         "minmax"   (s - min) / (max - min), of the query's filled slots in that list
@@ -51,8 +43,6 @@ def merge_topk(
             [k_i] for a single query.
         k: how many items to return.
         method: "score", "rrf", "zscore" or "minmax".
-        scale: for "score", a number above 0 or a vector [B] of them for each list (None: 1).
-        offset: a number or a vector [B] for each list (None: 0).
         backend: "auto" or "reference": plain PyTorch in both cases.
 
     Returns:
@@ -70,7 +60,6 @@ def merge_topk(
     _checks.no_kernel(backend, "`merge_topk`")
     if method != "rrf":
         _refuse_unsorted(lists)
-    lists = _mapped(lists, method, scale, offset)
     dtype = torch.float64 if any(s.dtype == torch.float64 for s, _ in lists) else torch.float32
 
     values = [_merged_scores(s, ids, method) for s, ids in lists]  # each [B, k_i]
@@ -99,54 +88,6 @@ def merge_topk(
         scores, ids = scores[0], ids[0]
     merged: tuple[Array, Array] = _checks.like_input((scores, ids), results[0][0])
     return merged
-
-
-def _mapped(
-    lists: list[tuple[Tensor, Tensor]],
-    method: str,
-    scale: Sequence[float | ArrayLike] | None,
-    offset: Sequence[float | ArrayLike] | None,
-) -> list[tuple[Tensor, Tensor]]:
-    if scale is None and offset is None:
-        return lists
-    if method != "score":
-        raise ValueError(
-            f'`scale` and `offset` must be given with method="score": "{method}" has a map of its own'
-        )
-    numbers = []
-    for name, value, default in (("scale", scale, 1.0), ("offset", offset, 0.0)):
-        value = [default] * len(lists) if value is None else value
-        if not isinstance(value, (list, tuple)) or len(value) != len(lists):
-            raise ValueError(
-                f"`{name}` must hold one entry for each of the {len(lists)} lists: got {value!r}"
-            )
-        numbers.append([_per_query(f"{name}[{i}]", x, lists[0][0]) for i, x in enumerate(value)])
-    for i, x in enumerate(numbers[0]):
-        if not (x > 0).all():
-            raise ValueError(f"`scale[{i}]` must be above 0, or the list's order is not its ranking")
-    mapped = []
-    for i, ((s, ids), a, b) in enumerate(zip(lists, *numbers, strict=True)):
-        t = (a[:, None] * s.double() + b[:, None]).masked_fill(ids == -1, 0)
-        t = t.to(s.dtype)
-        if not t.isfinite().all():
-            raise ValueError(f"`scale[{i}]` must leave the scores finite: they pass the range of {s.dtype}")
-        mapped.append((t, ids))
-    return mapped
-
-
-def _per_query(name: str, value: Any, like: Tensor) -> Tensor:
-    """A number, or one for each query: float64 [B]."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        x = torch.full((len(like),), float(value), dtype=torch.float64, device=like.device)
-    else:
-        x = _inputs.vectors(name, value).detach().to(like.device, torch.float64).reshape(-1)
-    if x.shape != (len(like),):
-        raise ValueError(
-            f"`{name}` must be a number or one per query, [{len(like)}]: got shape {list(x.shape)}"
-        )
-    if not x.isfinite().all():
-        raise ValueError(f"`{name}` must be finite: got {value!r}")
-    return x
 
 
 def _merged_scores(scores: Tensor, ids: Tensor, method: str) -> Tensor:

@@ -3,14 +3,6 @@
 from .forward import ForwardTransform
 from .procrustes import Procrustes
 from .reverse import ResidualHead, ReverseQueryTransform
-from .ridge import Ridge
 from .side import SideInformation
 
-__all__ = [
-    "ForwardTransform",
-    "Procrustes",
-    "ResidualHead",
-    "ReverseQueryTransform",
-    "Ridge",
-    "SideInformation",
-]
+__all__ = ["ForwardTransform", "Procrustes", "ResidualHead", "ReverseQueryTransform", "SideInformation"]

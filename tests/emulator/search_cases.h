@@ -111,29 +111,17 @@ struct Part {
   std::vector<int64_t> listed;  // empty and `all`: every row
   bool all = true;
   float scale = 1, offset = 0;
-  std::vector<float> scales, offsets;  // of each query; empty: the numbers above
   std::shared_ptr<Buffer<int64_t>> listed_memory = nullptr;
   std::vector<int32_t> items = {};  // empty: an item's number is its row
   std::shared_ptr<Buffer<int32_t>> items_memory = nullptr;
-  std::shared_ptr<Buffer<float>> scales_memory = nullptr, offsets_memory = nullptr;
 
   int64_t count() const { return all ? keys.rows : static_cast<int64_t>(listed.size()); }
   int64_t row(int64_t position) const { return all ? position : listed[position]; }
-  float score(int64_t i, int64_t row, Metric metric) const {
-    const bool own = !scales.empty();
-    return score32(query.row(i), keys.row(row), keys.dim, metric, own ? scales[i] : scale, own ? offsets[i] : offset);
-  }
   Segment segment() {
     if (!all) listed_memory = std::make_shared<Buffer<int64_t>>(listed);
     if (!items.empty()) items_memory = std::make_shared<Buffer<int32_t>>(items);
     Segment segment = {query.matrix, keys.matrix, all ? nullptr : listed_memory->data(), count(), scale, offset};
     segment.items = items.empty() ? nullptr : items_memory->data();
-    if (!scales.empty()) {
-      scales_memory = std::make_shared<Buffer<float>>(scales);
-      offsets_memory = std::make_shared<Buffer<float>>(offsets);
-      segment.scales = scales_memory->data();
-      segment.offsets = offsets_memory->data();
-    }
     return segment;
   }
 };

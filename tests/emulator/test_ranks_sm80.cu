@@ -47,8 +47,7 @@ void check_pairs(Part part, Metric metric) {
     for (int64_t j = 0; j < n; ++j) {
       const float* k = part.keys.row(j);
       const float score = got[first + 1 + j];
-      expect(score == part.score(i, j, metric), "pair (%ld, %ld) has other bits", long(i), long(j));
-      if (!part.scales.empty()) continue;
+      expect(score == score32(q, k, part.keys.dim, metric), "pair (%ld, %ld) has other bits", long(i), long(j));
       expect_close(score, score64(q, k, part.keys.dim, metric), allowed_error(q, k, part.keys.dim, metric), "score", i,
                    j);
     }
@@ -61,7 +60,9 @@ void check_beats(Part part, Metric metric, std::vector<int64_t> bounds, int64_t 
   const int64_t queries = part.query.rows, n = part.keys.rows, blocks = static_cast<int64_t>(bounds.size()) - 1;
   std::vector<float> thresholds;
   std::vector<int64_t> ids, exclude;
-  auto score = [&](int64_t i, int64_t j) { return part.score(i, j, metric); };
+  auto score = [&](int64_t i, int64_t j) {
+    return score32(part.query.row(i), part.keys.row(j), part.keys.dim, metric);
+  };
   for (int64_t i = 0; i < queries; ++i) {
     for (int64_t p = 0; p < targets; ++p) {
       const int64_t id = p == 1 ? -1 : (i * 31 + p * p * 17) % n;
@@ -133,16 +134,6 @@ DEVICE_TEST(pairs_flag_only_rows_that_are_read) {
   part.query = Rows::of<float>(query, 3, 8);
   pair_scores(part.segment(), Metric::ip, {5, -1, 2}, &flag);
   expect(flag == cuda::nonfinite_code(0, false, 1), "another row than query 1");
-}
-
-DEVICE_TEST_OF_VALUES(every_query_has_its_own_scale_and_offset) {
-  for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
-    Part part = part_of<float>(gauss(6, 40, 1), 6, near_ties(500, 40, 2, 1e-4f), 500, 40);
-    part.scales = {0.5f, 2, 1e-3f, 30, -1, 0};
-    part.offsets = {0, -3, 0.25f, 7, 1, 2};
-    check_pairs(part, metric);
-    check_beats(part, metric, {0, 140, 500}, 6, false, true);
-  }
 }
 
 DEVICE_TEST(beats_every_way_through_the_kernels) {

@@ -183,15 +183,3 @@ DEVICE_TEST_OF_VALUES(topk_flags_the_first_row_that_is_not_finite) {
   part.query = Rows::of<float>(query, 2, 16);
   expect(flag_of(part) == cuda::nonfinite_code(0, false, 1), "query: another row than 1");
 }
-
-DEVICE_TEST_OF_VALUES(every_query_has_its_own_scale_and_offset) {
-  for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
-    std::vector<Part> parts = {part_of<float>(gauss(5, 24, 1), 5, near_ties(400, 24, 2, 1e-4f), 400, 24),
-                               part_of<float>(gauss(5, 40, 3), 5, gauss(400, 40, 4), 400, 40)};
-    for (int s : {0, 1}) {
-      parts[s].all = false;
-      for (int64_t id = s; id < 400; id += 2) parts[s].listed.push_back(id);
-    }
-    check_own_numbers(parts, 7, metric);
-  }
-}

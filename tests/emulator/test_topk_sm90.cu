@@ -153,16 +153,3 @@ DEVICE_TEST_OF_VALUES(hopper_topk_takes_what_it_covers) {
   };
   expect(covers(512, 1 << 27) && !covers(513, 10) && !covers(8, (1 << 27) + 1), "another border than 512 and 2^27");
 }
-
-DEVICE_TEST_OF_VALUES(every_query_has_its_own_scale_and_offset) {
-  allow_hopper();
-  for (Metric metric : {Metric::cosine, Metric::ip, Metric::l2}) {
-    std::vector<Part> parts = {part_of<bf16>(gauss(5, 32, 1), 5, near_ties(400, 32, 2, 1e-2f), 400, 32),
-                               part_of<bf16>(gauss(5, 64, 3), 5, gauss(400, 64, 4), 400, 64)};
-    for (int s : {0, 1}) {
-      parts[s].all = false;
-      for (int64_t id = s; id < 400; id += 2) parts[s].listed.push_back(id);
-    }
-    check_own_numbers(parts, 7, metric);
-  }
-}

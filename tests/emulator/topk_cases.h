@@ -46,7 +46,8 @@ inline uint64_t check_topk(std::vector<Part>& parts, int64_t k, Metric metric, c
         if (!filter.query_labels.empty() && filter.query_labels[i] >= 0 &&
             filter.query_labels[i] == filter.key_labels[id])
           continue;
-        const float score = part.score(i, row, metric);
+        const float score =
+            score32(part.query.row(i), part.keys.row(row), part.keys.dim, metric, part.scale, part.offset);
         if (score > -INF) truth.push_back({score, id});
       }
     sort_ranked(truth);
@@ -68,20 +69,6 @@ Part part_of(std::vector<float> query, int64_t queries, std::vector<float> keys,
   part.query = Rows::of<T>(std::move(query), queries, dim, padding, shift);
   part.keys = Rows::of<T>(std::move(keys), n, dim, padding, shift);
   return part;
-}
-
-// Each query with numbers of its own; those below 0 turn the order round.
-inline void check_own_numbers(std::vector<Part> parts, int64_t k, Metric metric) {
-  const int64_t queries = parts[0].query.rows;
-  for (bool falls : {false, true}) {
-    for (size_t s = 0; s < parts.size(); ++s) {
-      parts[s].scales = gauss(queries, 1, 31 + s);
-      parts[s].offsets = gauss(queries, 1, 41 + s);
-      for (float& x : parts[s].scales)
-        if (!falls) x = 0.1f + std::fabs(x);
-    }
-    check_topk(parts, k, metric);
-  }
 }
 
 template <class T>

@@ -23,10 +23,9 @@ FLOORS = (
     "_ops",  # torch operators
     "_search _autograd selfcheck",  # the one search front; gradients; are the kernels right
     "_promoted prototypes",  # wide queries; class vectors
-    "functional judging.relevance serving.background serving.logistic",  # the public functions
-    "serving.calibration",  # scores of several models made comparable
+    "functional",  # the public functions
     "losses serving judging",  # modules; galleries and lists of results; figures
-    "transforms serving.job serving.choice commands.report commands.evaluation",
+    "transforms serving.job commands.report commands.evaluation",
     "training __init__",
     "demo",
     "commands",
