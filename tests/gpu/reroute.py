@@ -23,9 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastcompat import _autograd, _native, _ops
 
-MODULE = (
-    Path(__file__).parents[2] / "build" / "emulator" / "cuda"
-)  # folder of the module with an emulated GPU
+MODULE = Path(__file__).parents[2] / "build" / "emulator" / "gpu"  # of the module with an emulated GPU
 SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10}  # of a block, by compute capability; 80: as small as on 8.6
 KERNELS = ("softmax_stats", "softmax_query_grad", "softmax_key_grad", "topk", "pair_scores", "count_beats")
 # About the CPU, or different on a GPU: there an index out of range makes a row NaN, without an error.
