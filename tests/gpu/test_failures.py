@@ -100,7 +100,9 @@ def test_the_environment_chooses_the_tier(
         environment["FASTCOMPAT_CUDA_TIER"] = tier
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-c", TIER, str(capability)]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    # In this folder: in the root the source would be imported for the package.
+    where = {"env": environment, "cwd": Path(__file__).parent}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, **where).stdout.strip()
     name, _, why = said.partition("|")
     assert name == listed
     assert why.startswith(reason) and bool(why) == bool(reason)
