@@ -32,7 +32,7 @@ types: tests
 
 # What the build does where nvcc is missing, too old, or refuses.
 cuda-choice: tests
-	.venv-test/bin/pytest tests/build
+	.venv-test/bin/pytest tests/packaging
 
 # Compiled by the nvcc of PyPI, on a machine that shows none.
 cuda-wheel:
